@@ -1,0 +1,34 @@
+# Each target does its own set-up: a .venv from requirements.lock, with Python 3.11 or newer.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check lint types lock clean
+
+demo: .venv/ready
+	$(BIN)/shard2vec demo
+
+test: .venv/ready
+	$(BIN)/pytest
+
+check: lint types test
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy pipeline jobs
+
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Names, versions and hashes of everything that is run and tested here; no addresses. Needs uv.
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--extra dev pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,36 @@
+"""`shard2vec VERB …`, also `python -m jobs VERB …`."""
+
+import logging
+import os
+import sys
+
+import typer
+
+from jobs import demo, describe, embed, exits, files, gc, job_file, status, verify
+from pipeline.errors import UsageError
+
+app = typer.Typer(
+    name="shard2vec",
+    help="Image shards to classified, embedded, verified Parquet: any timm backbone, every image exactly once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for verb in (demo, embed, status, files, verify, describe, gc):
+    app.command(verb.__name__.rpartition(".")[2])(getattr(verb, verb.__name__.rpartition(".")[2]))
+
+
+def main() -> None:
+    """The console script."""
+    logging.basicConfig(level=os.environ.get("SHARD2VEC_LOG", "ERROR"))
+    try:
+        argv = job_file.expand(sys.argv[1:])
+    except UsageError as e:
+        exits.say(f"shard2vec: {e}")
+        sys.exit(exits.USAGE)
+    app(argv)
+
+
+if __name__ == "__main__":
+    main()

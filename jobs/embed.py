@@ -1,0 +1,121 @@
+"""`embed`: the main job. The same command again resumes, and again later embeds only what changed."""
+
+from typing import Annotated
+
+import typer
+
+from jobs import exits
+from pipeline.errors import UsageError
+
+
+def embed(
+    input: Annotated[list[str] | None, typer.Option(help="A tar, Parquet file, folder, glob or @list; repeatable")] = None,
+    output: Annotated[str | None, typer.Option(help="The dataset's root: a folder or any fsspec URL")] = None,
+    model: Annotated[str | None, typer.Option(help="Any timm name, hf-hub:… or local-dir:…")] = None,
+    format: Annotated[str | None, typer.Option(help="webdataset, parquet or folder [from the name]")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Parquet: bytes, or {bytes, path} [found]")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Parquet: the id of each row [found, else its number]")] = None,
+    uri_column: Annotated[str | None, typer.Option(help="Parquet: image URLs to fetch [found]")] = None,
+    weights: Annotated[str, typer.Option(help="pretrained, random:SEED, or a .safetensors/.pth URL")] = "pretrained",
+    outputs: Annotated[str | None, typer.Option(help="Of embedding,classes [both, where there are classes]")] = None,
+    top_k: Annotated[int, typer.Option(help="Classes a row")] = 5,
+    labels: Annotated[str | None, typer.Option(help="Class names, one a line [the model's, else ImageNet's]")] = None,
+    image_size: Annotated[str | None, typer.Option(help="H or HxW [the model's own]")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto: bf16 where the hardware has it")] = "auto",
+    engine: Annotated[str, typer.Option(help="eager")] = "eager",
+    decode: Annotated[str, typer.Option(help="exact: bit-equal to timm's own transform")] = "exact",
+    no_exif_orientation: Annotated[bool, typer.Option("--no-exif-orientation", help="Leave images as stored")] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", help="L2-normalise the embeddings")] = False,
+    vector_type: Annotated[str, typer.Option(help="float32 or float16")] = "float32",
+    batch_size: Annotated[str, typer.Option(help="Images a forward pass, or auto")] = "auto",
+    actors: Annotated[str | None, typer.Option(help="Pool size N or MIN:MAX [for this machine]")] = None,
+    gpus_per_actor: Annotated[float | None, typer.Option(help="Fractions allowed [1 on cuda]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    ray_address: Annotated[str | None, typer.Option(help="A running cluster [a local one is started]")] = None,
+    max_reject_rate: Annotated[float, typer.Option(help="Above it: exit 3, no version")] = 0.01,
+    stall_timeout: Annotated[float, typer.Option(help="Seconds without progress before the run ends with 4")] = 600,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, do nothing")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, last")] = False,
+    config: Annotated[str | None, typer.Option(help="A YAML file of these flags; the command line wins")] = None,
+) -> None:
+    """Classify and embed every image of the input, once, into plain Parquet.
+
+    The same command resumes after a crash, and embeds only what changed when the input did.
+
+    Example: shard2vec embed --input 'shards/*.tar' --output out --model pit_s_224 --weights random:0
+    """
+
+    def body() -> int:
+        _refuse_unavailable(image_size=image_size, engine=engine, decode=decode, ray_address=ray_address)
+        for flag, value in (("--input", input), ("--output", output), ("--model", model)):
+            if not value:
+                raise UsageError(f"{flag} is missing: see `shard2vec embed --help`")
+        assert input and output and model
+        from pipeline.config import RunConfig
+        from pipeline.listing import Columns
+        from pipeline.run import embed as run
+
+        result = run(
+            RunConfig(
+                inputs=tuple(input),
+                output=output,
+                model=model,
+                format=format,
+                columns=Columns(image=image_column, key=key_column, uri=uri_column),
+                weights=weights,
+                outputs=None if outputs is None else tuple(o.strip() for o in outputs.split(",")),
+                top_k=top_k,
+                labels=labels,
+                precision=precision,
+                exif_orientation=not no_exif_orientation,
+                normalize=normalize,
+                vector_type=vector_type,
+                batch_size=_batch_size(batch_size),
+                actors=_pool(actors),
+                gpus_per_actor=gpus_per_actor,
+                device=device,
+                max_reject_rate=max_reject_rate,
+                stall_timeout_s=stall_timeout,
+                dry_run=dry_run,
+            ),
+            exits.say,
+        )
+        exits.say(f"shard2vec: {result.message}")
+        if json:
+            exits.print_json(result.json)
+        return result.exit_code
+
+    exits.run(body)
+
+
+def _refuse_unavailable(*, image_size: str | None, engine: str, decode: str, ray_address: str | None) -> None:
+    """What the contract names and this version does not do yet is refused, never ignored."""
+    if image_size is not None:
+        raise UsageError(f"--image-size {image_size} is not available yet: the model's own input size is used")
+    for flag, value, known, planned in (
+        ("--engine", engine, "eager", ("compile", "openvino")),
+        ("--decode", decode, "exact", ("fast", "scaled", "cuda")),
+    ):
+        if value in planned:
+            raise UsageError(f"{flag} {value} is not available yet: use {flag} {known}")
+        if value != known:
+            raise UsageError(f"{flag} {value}: choose {known}")
+    if ray_address is not None:
+        raise UsageError(f"--ray-address {ray_address} is not available yet: leave it out to use a local Ray")
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"--batch-size {text}: must be a whole number or auto")
+    return int(text)
+
+
+def _pool(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    least, colon, most = text.partition(":")
+    if not least.isdecimal() or (colon and not most.isdecimal()):
+        raise UsageError(f"--actors {text}: must be N or MIN:MAX")
+    return int(least), int(most or least)

@@ -1,0 +1,32 @@
+"""`files`: the Parquet files of a version, one a line: what readers should open."""
+
+from typing import Annotated
+
+import typer
+
+from jobs import exits
+
+
+def files(
+    output: Annotated[str, typer.Argument(help="The dataset's root")],
+    kind: Annotated[str, typer.Option(help="embeddings or rejects")] = "embeddings",
+    version: Annotated[int | None, typer.Option(help="[the current one]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+) -> None:
+    """Print the Parquet files of a version, one a line.
+
+    Example: duckdb -c "SELECT count(*) FROM read_parquet([$(shard2vec files out | sed "s/.*/'&'/" | paste -sd,)])"
+    """
+
+    def body() -> int:
+        from pipeline import versions
+
+        names = versions.files(output, kind=kind, version=version)
+        if json:
+            exits.print_json({"kind": kind, "files": names})
+        else:
+            for name in names:
+                print(name)
+        return 0
+
+    exits.run(body)

@@ -1,0 +1,58 @@
+"""`--config job.yaml` → the same flags on the command line, where what the user typed wins."""
+
+from collections.abc import Sequence
+
+import yaml
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.storage import read_bytes, redact
+
+REPEATABLE = {"input"}
+
+
+def expand(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--config URL` replaced by the flags that the file holds and the command line does not.
+
+    Keys are flag names, with `-` or `_`. true is a bare flag, false leaves it out, a list repeats `input` and is
+    joined by commas elsewhere. Raises `UsageError` for a file that cannot be read or is no mapping.
+    """
+    rest, url = _split(list(argv))
+    if url is None:
+        return rest
+    typed = {arg.partition("=")[0] for arg in rest if arg.startswith("--")}
+    flags: list[str] = []
+    for key, value in _read(url).items():
+        flag = "--" + str(key).replace("_", "-")
+        if flag not in typed and value is not None and value is not False:
+            flags += _arguments(flag, value)
+    return [*rest, *flags]
+
+
+def _split(argv: list[str]) -> tuple[list[str], str | None]:
+    for i, arg in enumerate(argv):
+        if arg.startswith("--config="):
+            return argv[:i] + argv[i + 1 :], arg.partition("=")[2]
+        if arg == "--config":
+            if i + 1 == len(argv):
+                raise UsageError("--config needs the URL of a YAML file")
+            return argv[:i] + argv[i + 2 :], argv[i + 1]
+    return argv, None
+
+
+def _read(url: str) -> dict[str, object]:
+    try:
+        content = yaml.safe_load(read_bytes(url))
+    except (OSError, StorageError, yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UsageError(f"--config {redact(url)} cannot be read: {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {redact(url)} must be a mapping of flag names to values")
+    return content
+
+
+def _arguments(flag: str, value: object) -> list[str]:
+    if value is True:
+        return [flag]
+    values = value if isinstance(value, list) else [value]
+    if flag.removeprefix("--") in REPEATABLE:
+        return [part for v in values for part in (flag, str(v))]
+    return [flag, ",".join(map(str, values))]

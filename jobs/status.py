@@ -1,0 +1,78 @@
+"""`status`: what is done, running, rejected; the current version."""
+
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from jobs import exits
+
+
+def status(
+    output: Annotated[str, typer.Argument(help="The dataset's root")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+) -> None:
+    """Show the current version, each set's finished shards, and the runs that are alive.
+
+    Example: shard2vec status out
+    """
+
+    def body() -> int:
+        found = _look(output)
+        if json:
+            exits.print_json(found)
+        else:
+            _show(found)
+        return 0
+
+    exits.run(body)
+
+
+def _look(output: str) -> dict[str, Any]:
+    from pipeline import progress, versions
+
+    root = versions.existing_output(output)
+    current = versions.read_version(root)
+    done: dict[str, int] = {}
+    for name in root.list("sets"):
+        parts = name.split("/")
+        done.setdefault(parts[1], 0)
+        done[parts[1]] += parts[2] == "embeddings"
+    runs = progress.read_notes(root)
+    alive = [r for r in runs if progress.is_alive(r)]
+    last = runs[-1] if runs else None
+    return {
+        "output": root.url,
+        "version": current.version if current else None,
+        "current": asdict(current) if current else None,
+        "versions": versions.numbers(root),
+        "sets": {name: {"shards_done": n, "current": bool(current and current.set == name)} for name, n in done.items()},
+        "running": [asdict(r) for r in alive],
+        "last_run": asdict(last) | {"state": _state(last, alive)} if last else None,
+    }
+
+
+def _state(run: Any, alive: list[Any]) -> str:
+    return "died" if run.state == "running" and run not in alive else str(run.state)
+
+
+def _show(found: dict[str, Any]) -> None:
+    current = found["current"]
+    if current:
+        rejects = sum(current["rejects"].values())
+        reasons = ", ".join(f"{n} {reason}" for reason, n in current["rejects"].items())
+        print(f"version {current['version']} of {found['output']}, {current['created']}, set {current['set']}")
+        print(f"  {current['shards']:,} shards, {current['samples']:,} samples: {current['rows']:,} rows, "
+              f"{rejects:,} rejects{f' ({reasons})' if reasons else ''}")
+    else:
+        print(f"{found['output']}: no version is committed yet")
+    for name, one in found["sets"].items():
+        print(f"set {name}: {one['shards_done']:,} shards done{', current' if one['current'] else ''}")
+    for run in found["running"]:
+        print(f"running on {run['host']} (pid {run['pid']}): {run['shards_done'] + run['shards_unchanged']:,} of "
+              f"{run['shards']:,} shards, {run['images']:,} images, {run['images_per_s']:,.0f}/s, {run['rejects']:,} rejected")
+    last = found["last_run"]
+    if last and not found["running"]:
+        ago = round(time.time() - last["updated"])
+        print(f"last run: {last['state']} {ago:,} s ago, set {last['set']}")

@@ -1,0 +1,48 @@
+"""`verify`: is every input id exactly once in the output, every value finite, every file as listed?"""
+
+from typing import Annotated
+
+import typer
+
+from jobs import exits
+
+
+def verify(
+    output: Annotated[str, typer.Argument(help="The dataset's root")],
+    input: Annotated[list[str] | None, typer.Option(help="The input again, to compare its ids; repeatable")] = None,
+    format: Annotated[str | None, typer.Option(help="As for embed")] = None,
+    image_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
+    key_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
+    uri_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
+    version: Annotated[int | None, typer.Option(help="[the current one]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
+    config: Annotated[str | None, typer.Option(help="A YAML file of these flags; the command line wins")] = None,
+) -> None:
+    """Read the whole version and prove its promises; exit 1 names what does not hold.
+
+    Example: shard2vec verify out --input 'shards/*.tar'
+    """
+
+    def body() -> int:
+        from pipeline import versions
+        from pipeline.listing import Columns, list_shards
+        from pipeline.verify import verify as check
+
+        root = versions.existing_output(output)
+        committed = versions.current(root, version)
+        columns = Columns(image=image_column, key=key_column, uri=uri_column)
+        shards = list_shards(input, format=format, columns=columns, exclude=root.url) if input else None
+        found = check(root, committed, shards)
+        for problem in found.problems:
+            exits.say(problem)
+        exits.say(
+            f"shard2vec: version {committed.version} "
+            + ("is whole" if found.clean else "is NOT whole")
+            + f": {found.ids:,} ids, {found.missing:,} missing, {found.duplicated:,} duplicated, "
+            f"{found.unexpected:,} unexpected, {found.not_finite:,} not finite, {found.bad_files:,} bad files"
+        )
+        if json:
+            exits.print_json({"version": committed.version, "set": committed.set, **vars(found)})
+        return 0 if found.clean else exits.FAILED
+
+    exits.run(body)

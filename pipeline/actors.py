@@ -1,0 +1,172 @@
+"""The Ray adapters: a local Ray, the actor that embeds shards, and the board on which actors say what they are at."""
+
+import logging
+import os
+import pickle
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+# Read when Ray is imported: no telemetry, no token file for a Ray that only this machine sees, no chatter.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from pipeline.config import RunConfig
+from pipeline.embed import Embedder, Job, Receipt
+from pipeline.errors import UsageError
+from pipeline.listing import Shard
+
+OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it
+RESTARTS = 4  # of one actor; Ray's own default is for ever
+TICK_S = 1.0
+SHARDS_A_CALL = 8  # several, so that reading goes on over shard ends; few, so that a lost actor repeats little
+CALLS_AN_ACTOR = 4  # at least so many, so that the last ones even out
+BOARD_TIMEOUT_S = 5.0
+
+
+def start_ray(gpus: float | None = None) -> None:
+    """A Ray of this machine alone, quiet; one that runs in this process already is used as it is."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"ray\..*")
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+    if not ray.is_initialized():
+        # The workers import the checkout or the installation that this process runs from.
+        home = str(Path(__file__).resolve().parent.parent)
+        inherited = os.environ.get("PYTHONPATH", "")
+        os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (home, inherited) if p)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # our own watchdog sees inside a shard, Ray's does not
+    context.target_max_block_size = 1  # bytes: each receipt is a block of its own and comes at once
+    for name in ("ray.data", "ray.data._internal.execution"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def stop_ray() -> None:
+    ray.shutdown()
+
+
+class Board:
+    """What each actor is at; a Ray actor, since actors live in other processes."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, dict[str, Any]] = {}
+
+    def say(self, who: str, activity: dict[str, Any]) -> None:
+        self._said[who] = activity
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        return self._said
+
+
+def make_board() -> Any:
+    return ray.remote(num_cpus=0, max_restarts=RESTARTS)(Board).remote()
+
+
+class EmbedShards:
+    """Ray Data's callable: a batch of pickled shards in, a pickled receipt out for each as it is published."""
+
+    def __init__(self, job: Job, board: Any):
+        import torch
+
+        from pipeline.backbone import load_backbone
+
+        torch.set_num_threads(job.torch_threads)
+        vectors = job.vectors
+        backbone = load_backbone(
+            vectors.model,
+            Path(job.weights),
+            precision=vectors.precision,
+            device=job.device,
+            classes=bool(vectors.top_k),
+            top_k=vectors.top_k,
+            batch_size=job.batch_size,
+        )
+        self._embedder = Embedder(job, backbone)
+        self._board, self._name = board, f"{os.uname().nodename}:{os.getpid()}"
+        threading.Thread(target=self._tick, daemon=True).start()
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
+        for receipt in self._embedder([pickle.loads(shard) for shard in batch["shard"]]):
+            yield {"receipt": [pickle.dumps(receipt)]}
+
+    def _tick(self) -> None:
+        while True:
+            self._board.say.remote(self._name, asdict(self._embedder.activity))
+            time.sleep(TICK_S)
+
+
+def read_board(board: Any) -> dict[str, dict[str, Any]]:
+    """By actor, what it is at; empty while the board itself is not up or out of reach."""
+    try:
+        return dict(ray.get(board.read.remote(), timeout=BOARD_TIMEOUT_S))
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        return {}
+
+
+def cause(error: BaseException) -> str:
+    """The first line that helps, out of what Ray wraps around a worker's error."""
+    while isinstance(error, ray.exceptions.RayTaskError) or error.__cause__ is not None:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if inner is None or inner is error:
+            break
+        error = inner
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
+
+
+def pool(config: RunConfig, device: str, shards: int) -> tuple[tuple[int, int], float, int]:
+    """(least, most) actors, GPUs of each, threads of each, for this machine and so many shards."""
+    resources = ray.cluster_resources()
+    cpus = max(1, int(resources.get("CPU", 1)))
+    if device == "cuda":
+        gpus = 1.0 if config.gpus_per_actor is None else config.gpus_per_actor
+        default = max(1, int(resources.get("GPU", 0) / gpus)) if gpus else 1
+    else:
+        gpus, default = 0.0, 1
+    least, most = config.actors or (default, default)
+    if gpus and least * gpus > resources.get("GPU", 0):
+        raise UsageError(f"--actors {least} with {gpus} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
+    most = max(1, min(most, shards))
+    return (min(least, most), most), gpus, max(1, cpus // most)
+
+
+def embed_on_ray(
+    job: Job, shards: Sequence[Shard], board: Any, actors: tuple[int, int], gpus: float
+) -> Iterator[Receipt]:
+    """Receipts as they come: shards → actor pool → receipts. Vectors never pass through here."""
+    cpus = ray.cluster_resources().get("CPU", 1.0) / (actors[1] + 1)  # actors that take all CPUs starve Ray's own
+    a_call = max(1, min(SHARDS_A_CALL, len(shards) // (actors[1] * CALLS_AN_ACTOR)))
+    receipts = (
+        ray.data.from_items([{"shard": pickle.dumps(s)} for s in shards], override_num_blocks=-(-len(shards) // a_call))
+        .map_batches(
+            EmbedShards,
+            fn_constructor_kwargs={"job": job, "board": board},
+            compute=ActorPoolStrategy(min_size=actors[0], max_size=actors[1], initial_size=actors[1]),
+            batch_size=a_call,
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+        )
+        .iter_rows()
+    )
+    for row in receipts:
+        yield pickle.loads(row["receipt"])
+

@@ -1,0 +1,254 @@
+"""The timm model: a batch of uint8 images → embeddings and classes, from one forward pass.
+
+Every batch is padded to the same size, so that a row's vector does not depend on how full its batch was. The body
+runs in the precision asked for, the head, the softmax and the norm always in float32.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+
+from pipeline.errors import UsageError
+from pipeline.images import Preprocessing
+from pipeline.storage import read_bytes, redact
+
+CPU_BATCH = 32  # pit_ti and pit_b gave the same images/s within 3 % for 16, 32 and 64 on two cores
+CUDA_BATCHES = (64, 128, 256, 512)
+WORTH_DOUBLING = 1.05  # a larger batch is taken while it gives at least 5 % more images/s
+TRUE_TOP = 5  # accuracy is counted at 1 and at 5, whatever --top-k says
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Vectors(NamedTuple):
+    """What one forward pass gives for n images, still on the device."""
+
+    embedding: torch.Tensor  # float32 (n, D), as the model gives it
+    norm: torch.Tensor  # float32 (n,): Euclidean, before any normalisation
+    topk_index: torch.Tensor | None  # int64 (n, max(k, TRUE_TOP) or fewer): by score, equal scores by index
+    topk_score: torch.Tensor | None  # float32, the same shape: probabilities
+
+    def to_numpy(self) -> "Arrays":
+        """Waits for the device."""
+        return Arrays(*(None if part is None else part.cpu().numpy() for part in self))
+
+
+class Arrays(NamedTuple):
+    """`Vectors` on the host."""
+
+    embedding: np.ndarray
+    norm: np.ndarray
+    topk_index: np.ndarray | None
+    topk_score: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run must know of a model before it starts."""
+
+    preprocessing: Preprocessing
+    dim: int
+    classes: int  # 0: no classifier
+    pooling: str
+    label_names: tuple[str, ...]  # empty where unknown
+    labels_source: str  # model, imagenet or none
+
+
+def preprocessing_of(module: torch.nn.Module) -> Preprocessing:
+    return Preprocessing.of(resolve_data_config({}, model=module))
+
+
+def facts_of(module: torch.nn.Module, model: str) -> Facts:
+    """Runs one blank image through the model on the CPU. Raises `UsageError` where it takes no plain image batch."""
+    preprocessing = preprocessing_of(module)
+    if preprocessing.input_size[0] != 3:
+        raise UsageError(f"model {model} wants {preprocessing.input_size[0]} channels: only RGB models are supported")
+    blank = torch.zeros(1, *preprocessing.input_size)
+    try:
+        with torch.inference_mode():
+            body = module.forward_features(blank)  # type: ignore[operator]
+            embedding = module.forward_head(body, pre_logits=True)  # type: ignore[operator]
+            logits = module.forward_head(body)  # type: ignore[operator]
+    except (RuntimeError, TypeError, AttributeError, ValueError, AssertionError, KeyError, IndexError) as e:
+        raise UsageError(f"model {model} takes no plain batch of images: {type(e).__name__}: {e}") from e
+    if not isinstance(embedding, torch.Tensor) or embedding.flatten(1).shape[0] != 1:
+        raise UsageError(f"model {model} gives no pooled embedding")
+    classes = int(getattr(module, "num_classes", 0) or 0)
+    if classes and tuple(logits.shape) != (1, classes):
+        raise UsageError(f"model {model} gives logits {tuple(logits.shape)} for its {classes} classes")
+    names, source = _label_names(module, classes)
+    pooling = str(getattr(module, "global_pool", None) or "model's own")
+    return Facts(preprocessing, embedding.flatten(1).shape[1], classes, pooling[:40], names, source)
+
+
+def _label_names(module: torch.nn.Module, classes: int) -> tuple[tuple[str, ...], str]:
+    cfg: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
+    own = cfg.get("label_names") or ()
+    if classes and len(own) == classes:
+        descriptions = cfg.get("label_descriptions") or {}
+        return tuple(str(descriptions.get(n, n)) for n in own), "model"
+    subset = infer_imagenet_subset({"num_classes": classes}) if classes else None
+    if subset is None:
+        return (), "none"
+    info = ImageNetInfo(subset)
+    if info.num_classes() != classes:
+        return (), "none"
+    return tuple(info.label_descriptions()), "imagenet"
+
+
+def read_labels(url: str, classes: int) -> tuple[str, ...]:
+    """Class names, one a line. Raises `UsageError` where the file is not there or has another number of lines."""
+    try:
+        lines = read_bytes(url).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"labels {redact(url)} cannot be read: {e}") from e
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if len(lines) != classes:
+        raise UsageError(f"labels {redact(url)} has {len(lines)} names, the model {classes} classes")
+    return tuple(line.strip() for line in lines)
+
+
+def resolve_device(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is here; --device cpu runs without")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """`auto` becomes bf16 where the hardware multiplies it natively, else fp32."""
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        native = torch.cuda.get_device_capability()[0] >= 8
+    else:
+        native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if native else "fp32"
+
+
+class Backbone:
+    """One model on one device. Not for several threads at once: PiT's hooks and ConViT's buffers are not thread-safe.
+
+    `batch_size` None: found by timing on CUDA, 32 on the CPU. A CUDA out-of-memory halves it for good.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        precision: str = "fp32",
+        device: str = "cpu",
+        classes: bool = True,
+        top_k: int = TRUE_TOP,
+        batch_size: int | None = None,
+    ):
+        self.preprocessing = preprocessing_of(module)
+        self.device = torch.device(device)
+        self._module = module.eval().to(self.device)
+        self._dtype = DTYPES.get(precision)
+        self._top = max(top_k, TRUE_TOP) if classes else 0
+        self._mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(self.preprocessing.std, device=self.device).view(1, 3, 1, 1)
+        self.batch_size = batch_size or CPU_BATCH
+        if batch_size is None and self.device.type == "cuda":
+            self.batch_size = best_batch_size(self._images_per_s)
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, 3, H, W) → float32, bit-equal to timm's ToTensor and Normalize."""
+        return images.to(self.device, non_blocking=True).float().div(255).sub(self._mean).div(self._std)
+
+    def __call__(self, images: torch.Tensor) -> Vectors:
+        """`images`: uint8 (n, 3, H, W), any n. On CUDA it returns while the device still works."""
+        expected = self.preprocessing.input_size
+        if tuple(images.shape[1:]) != expected or images.dtype != torch.uint8:
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, the model takes uint8 (n, *{expected})")
+        parts, start = [], 0
+        while start < len(images):
+            chunk = images[start : start + self.batch_size]
+            try:
+                parts.append(self._forward(chunk))
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+                torch.cuda.empty_cache()
+                continue
+            start += len(chunk)
+        if len(parts) == 1:
+            return parts[0]
+        return Vectors(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @torch.inference_mode()
+    def _forward(self, images: torch.Tensor) -> Vectors:
+        n = len(images)
+        if n < self.batch_size:  # blank images fill it up: the same kernels, so the same bits, for any n
+            images = torch.cat([images, images.new_zeros(self.batch_size - n, *images.shape[1:])])
+        x = self.normalize(images)
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
+            body = self._module.forward_features(x)  # type: ignore[operator]
+        body = _float32(body)
+        embedding = self._module.forward_head(body, pre_logits=True).flatten(1)[:n]  # type: ignore[operator]
+        norm = torch.linalg.vector_norm(embedding, dim=1)
+        if not self._top:
+            return Vectors(embedding, norm, None, None)
+        scores = self._module.forward_head(body)[:n].softmax(dim=1)  # type: ignore[operator]
+        # torch.topk leaves the order of equal scores open; a stable sort gives them by index.
+        ordered, index = scores.sort(dim=1, descending=True, stable=True)
+        return Vectors(embedding, norm, index[:, : self._top], ordered[:, : self._top])
+
+    def _images_per_s(self, batch_size: int) -> float:
+        """Speed of the forward pass at this batch size, 0 where it does not fit the device's memory."""
+        images = torch.zeros(batch_size, *self.preprocessing.input_size, dtype=torch.uint8)
+        kept, self.batch_size = self.batch_size, batch_size
+        try:
+            for timed in (False, False, True):
+                started = time.perf_counter()
+                for _ in range(3 if timed else 1):
+                    self._forward(images)
+                torch.cuda.synchronize()
+            return 3 * batch_size / (time.perf_counter() - started)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return 0.0
+        finally:
+            self.batch_size = kept
+
+
+def best_batch_size(images_per_s: Callable[[int], float]) -> int:
+    """The smallest of `CUDA_BATCHES` after which doubling no longer pays; half of the smallest until one fits."""
+    best = CUDA_BATCHES[0]
+    speed = images_per_s(best)
+    while speed == 0 and best > 1:
+        best //= 2
+        speed = images_per_s(best)
+    for size in CUDA_BATCHES[1:]:
+        if size <= best:
+            continue
+        faster = images_per_s(size)
+        if faster < speed * WORTH_DOUBLING:
+            break
+        best, speed = size, faster
+    return best
+
+
+def load_backbone(model: str, weights: Path, **settings: Any) -> Backbone:
+    """A `Backbone` from a staged weights file (see `pipeline.weights`)."""
+    from pipeline.weights import load_staged
+
+    return Backbone(load_staged(model, weights), **settings)
+
+
+def _float32(body: Any) -> Any:
+    """Tensors in whatever nesting `forward_features` gives (PiT a tensor, CrossViT and CoaT lists) as float32."""
+    if isinstance(body, torch.Tensor):
+        return body.float() if body.is_floating_point() else body
+    if isinstance(body, list | tuple):
+        return type(body)(_float32(part) for part in body)
+    if isinstance(body, dict):
+        return {name: _float32(part) for name, part in body.items()}
+    return body

@@ -1,0 +1,127 @@
+"""What a run was asked for (`RunConfig`) and what decides a vector (`VectorSet`, with the set's fingerprint)."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.images import Preprocessing
+from pipeline.listing import FORMATS, Columns
+
+SCHEMA_VERSION = 1  # raise it with any change of the output's columns or of how a vector is made
+OUTPUTS = ("embedding", "classes")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+VECTOR_TYPES = ("float32", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One `embed` run as its user asked for it. Raises `UsageError` naming the value that cannot be."""
+
+    inputs: tuple[str, ...]  # URLs: files, folders, globs, @lists
+    output: str  # URL of the dataset's root
+    model: str  # a timm name, hf-hub:… or local-dir:…
+
+    format: str | None = None  # None: from the names
+    columns: Columns = field(default_factory=Columns)
+    weights: str = "pretrained"  # or random:SEED, or a URL of a .safetensors or .pth file
+    outputs: tuple[str, ...] | None = None  # None: the embedding, and classes where the model has a classifier
+    top_k: int = 5
+    labels: str | None = None  # URL of a text file, a class name a line; None: the model's own, else ImageNet's
+    precision: str = "auto"
+    exif_orientation: bool = True
+    normalize: bool = False
+    vector_type: str = "float32"
+    batch_size: int | None = None  # None: found
+    actors: tuple[int, int] | None = None  # least and most; None: chosen for this machine
+    gpus_per_actor: float | None = None  # None: 1 on cuda, 0 on the CPU
+    device: str = "auto"
+    max_reject_rate: float = 0.01  # of all samples; one broken image in a hundred is a shard worth looking at
+    stall_timeout_s: float = 600.0
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.inputs or not all(self.inputs):
+            raise UsageError("--input is missing: name a tar, a Parquet file, a folder, a glob or @list.txt")
+        for flag, value in (("--output", self.output), ("--model", self.model), ("--weights", self.weights)):
+            if not value:
+                raise UsageError(f"{flag} is empty")
+        _one_of("--format", self.format, (*FORMATS, None))
+        _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--vector-type", self.vector_type, VECTOR_TYPES)
+        _one_of("--device", self.device, DEVICES)
+        for output in self.outputs or ():
+            if output in ("tokens", "features"):
+                raise UsageError(f"--outputs {output} is not available yet: choose of {','.join(OUTPUTS)}")
+            _one_of("--outputs", output, OUTPUTS)
+        if self.outputs is not None and "embedding" not in self.outputs:
+            raise UsageError(f"--outputs {','.join(self.outputs)}: every row has an embedding; add `embedding`")
+        if self.weights.startswith("random:") and not self.weights.removeprefix("random:").isdecimal():
+            raise UsageError(f"--weights {self.weights}: the seed must be a whole number, as in random:0")
+        if self.weights == "random":
+            raise UsageError("--weights random: name the seed, as in random:0")
+        _at_least("--top-k", self.top_k, 1)
+        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("--stall-timeout", self.stall_timeout_s, 1)
+        if not 0 <= self.max_reject_rate <= 1:
+            raise UsageError(f"--max-reject-rate {self.max_reject_rate}: must lie between 0 and 1")
+        if self.gpus_per_actor is not None and not 0 <= self.gpus_per_actor < math.inf:
+            raise UsageError(f"--gpus-per-actor {self.gpus_per_actor}: must be 0 or more")
+        if self.actors is not None and not 1 <= self.actors[0] <= self.actors[1]:
+            raise UsageError(f"--actors {self.actors[0]}:{self.actors[1]}: must be N or MIN:MAX with 1 <= MIN <= MAX")
+
+
+def _one_of(flag: str, value: str | None, known: tuple[str | None, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{flag} {value}: choose one of {', '.join(k for k in known if k)}")
+
+
+def _at_least(flag: str, value: float | None, least: float) -> None:
+    if value is not None and not least <= value < math.inf:
+        raise UsageError(f"{flag} {value}: must be {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorSet:
+    """Everything that changes a vector or its row, resolved: equal sets may be mixed, others never are."""
+
+    model: str
+    weights_sha256: str
+    preprocessing: Preprocessing
+    exif_orientation: bool
+    precision: str  # fp32, bf16 or fp16; never auto
+    engine: str
+    decode: str
+    outputs: tuple[str, ...]
+    pooling: str
+    dim: int  # of the embedding
+    classes: int  # 0: the model has no classifier
+    top_k: int  # 0: no classes are stored
+    labels_sha256: str  # "" where the classes have no names
+    labels_source: str  # file, model, imagenet (inferred from the class count) or none
+    normalized: bool
+    vector_type: str
+    schema_version: int = SCHEMA_VERSION
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON's own types only, so that what is read back from a file compares equal."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hex digits of the SHA-256 of all fields."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """`<model>@<fingerprint>`, fit for a path: what a file name cannot hold becomes `_`."""
+        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in self.model)
+        return f"{safe}@{self.fingerprint}"
+
+    @property
+    def folder(self) -> str:
+        return f"sets/{self.name}"

@@ -1,0 +1,410 @@
+"""Shards → their files and a receipt each: the inner pipeline of one process, without Ray.
+
+    reader thread → decoding threads → this thread: batches, forward → writer thread: rows, Parquet, publish
+
+Reader and decoders run ahead over the ends of shards, bounded in images and in bytes, so the device does not wait
+between two shards. A batch never mixes shards: a row's vector depends on its own shard alone, whatever ran before.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.backbone import Backbone, Vectors
+from pipeline.config import VectorSet
+from pipeline.errors import Reject, StorageError
+from pipeline.images import Decoded, Decoder
+from pipeline.listing import Shard
+from pipeline.rows import NotFinite, ShardWriter
+from pipeline.shards import Sample, fetch, read_samples
+from pipeline.storage import Root, is_local, is_unchanged, resolve
+from pipeline.versions import ShardFiles, publish, published
+
+LOOKAHEAD_BATCHES = 2  # decoded images that wait: one batch being filled, one ready
+LOOKAHEAD_BYTES = 256 * 2**20  # encoded images between reader and decoders, one larger than that allowed alone
+FETCHERS = 16  # URL columns: requests under way at once, latency is all they cost
+WRITES_WAITING = 4  # batches of vectors between device and writer
+STAGES = ("read", "decode", "forward", "write")
+END = object()  # closes a shard's events
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What an embedding process needs besides its shards."""
+
+    vectors: VectorSet
+    labels: tuple[str, ...]  # one a class, or empty
+    weights: str  # the staged safetensors file on this node
+    output: str
+    device: str
+    batch_size: int | None
+    decode_threads: int
+    torch_threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What became of one shard. `files` is None exactly when `error` says why it was left uncommitted."""
+
+    shard: str
+    files: ShardFiles | None
+    error: str | None
+    embedded: bool  # False: another run's files were already there
+    bytes_read: int
+    seconds: dict[str, float]  # by stage; decode sums over its threads
+    started: float  # Unix time
+    ended: float
+
+
+@dataclass
+class Activity:
+    """What the process is at, for progress and the stall watchdog; written by one thread, read by others."""
+
+    images: int = 0
+    rejects: int = 0
+    stage: str = "start"
+    shard: str = ""
+
+
+@dataclass
+class Work:
+    """One shard under way."""
+
+    shard: Shard
+    started: float = field(default_factory=time.time)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    bytes_read: int = 0
+    error: str | None = None
+    files: ShardFiles | None = None  # found published: nothing to do
+
+
+class Outcome(NamedTuple):
+    """One sample after decoding."""
+
+    result: Decoded | Reject
+    size: int  # bytes as stored
+    seconds: float
+
+
+class Batch(NamedTuple):
+    samples: list[Sample]
+    sizes: list[tuple[int, int]]
+    vectors: Vectors
+
+
+class Refused(NamedTuple):
+    sample: Sample
+    why: Reject
+    size: int
+
+
+class Embedder:
+    """Embeds shards one after the other with one backbone; call it again and again from one thread."""
+
+    def __init__(self, job: Job, backbone: Backbone):
+        self.job, self.backbone, self.activity = job, backbone, Activity()
+        self._root = Root(job.output)
+        self._decoder = Decoder(job.vectors.preprocessing, exif_orientation=job.vectors.exif_orientation)
+
+    def __call__(self, shards: Iterable[Shard]) -> Iterator[Receipt]:
+        """One receipt a shard, in order, as each is published. Raises what is nobody's fault but ours."""
+        flow = Flow()
+        ahead = LOOKAHEAD_BATCHES * self.backbone.batch_size
+        feed: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+        to_write: queue.Queue[Any] = queue.Queue(maxsize=WRITES_WAITING)
+        receipts: queue.Queue[Receipt] = queue.Queue()
+        with ThreadPoolExecutor(self.job.decode_threads) as decoders, ThreadPoolExecutor(FETCHERS) as fetchers:
+            reader = flow.start(lambda: self._read(shards, flow, feed, decoders, fetchers), then=feed)
+            writer = flow.start(lambda: self._write(flow, to_write, receipts))
+            try:
+                for _ in self._forward(flow, feed, to_write):
+                    while not receipts.empty():
+                        yield receipts.get()
+                flow.put(to_write, None)
+                writer.join()
+                flow.check()
+                while not receipts.empty():
+                    yield receipts.get()
+            finally:
+                flow.stop()
+                decoders.shutdown(wait=False, cancel_futures=True)
+                fetchers.shutdown(wait=False, cancel_futures=True)
+                reader.join()
+                writer.join()
+
+    # reader thread
+
+    def _read(
+        self,
+        shards: Iterable[Shard],
+        flow: "Flow",
+        feed: queue.Queue[Any],
+        decoders: ThreadPoolExecutor,
+        fetchers: ThreadPoolExecutor,
+    ) -> None:
+        budget = ByteBudget(LOOKAHEAD_BYTES)
+        for shard in shards:
+            work = Work(shard)
+            try:
+                work.files = published(self._root, self.job.vectors.folder, shard)
+                if work.files is None:
+                    for sample in _timed(read_samples(shard), work, "read"):
+                        size = len(sample.image)
+                        work.bytes_read += size
+                        budget.take(size, flow)
+                        fetched = fetchers.submit(fetch, sample) if sample.url and not sample.reject else None
+                        flow.put(feed, (work, sample, decoders.submit(self._decode, sample, fetched, budget, size)))
+                    if _has_changed(shard):
+                        raise StorageError(f"{shard.url} changed while it was read: run again")
+            except (StorageError, OSError) as e:
+                work.error = f"read: {e}"
+            flow.put(feed, (work, None, None))
+
+    def _decode(self, sample: Sample, fetched: Future[bytes] | None, budget: "ByteBudget", size: int) -> Outcome:
+        started = time.perf_counter()
+        data = sample.image
+        try:
+            if sample.reject:
+                raise sample.reject
+            if fetched:
+                data = fetched.result()
+                started = time.perf_counter()
+            return Outcome(self._decoder(data), len(data), time.perf_counter() - started)
+        except Reject as why:
+            return Outcome(why, len(data), time.perf_counter() - started)
+        finally:
+            sample.image = b""
+            budget.give(size)
+
+    # this thread
+
+    def _forward(self, flow: "Flow", feed: queue.Queue[Any], to_write: queue.Queue[Any]) -> Iterator[None]:
+        """Fills batches in the shard's order and sends them through the backbone; steps once an event."""
+        samples: list[Sample] = []
+        decoded: list[Decoded] = []
+        current: Work | None = None
+        while True:
+            self.activity.stage = "read"
+            event = flow.get(feed)
+            if event is None:
+                return
+            work, sample, future = event
+            if work is not current:
+                current = work
+                self.activity.shard = work.shard.name
+                flow.put(to_write, (work, None))
+            if sample is not None and work.error is None:
+                self.activity.stage = "decode"
+                try:
+                    outcome: Outcome = flow.wait(future)
+                except (StorageError, OSError) as e:
+                    work.error = f"fetch: {e}"
+                    continue
+                work.seconds["decode"] += outcome.seconds
+                if isinstance(outcome.result, Reject):
+                    flow.put(to_write, (work, Refused(sample, outcome.result, outcome.size)))
+                    self.activity.rejects += 1
+                else:
+                    samples.append(sample)
+                    decoded.append(outcome.result)
+            if samples and (len(samples) == self.backbone.batch_size or sample is None):
+                if work.error is None:
+                    batch = self._batch(work, samples, decoded)
+                    self.activity.stage = "write"
+                    flow.put(to_write, (work, batch))
+                    self.activity.images += len(samples)
+                samples, decoded = [], []
+            if sample is None:
+                flow.put(to_write, (work, END))
+            yield
+
+    def _batch(self, work: Work, samples: list[Sample], decoded: list[Decoded]) -> Batch:
+        self.activity.stage = "forward"
+        started = time.perf_counter()
+        images = torch.from_numpy(np.stack([d.pixels for d in decoded]))
+        if self.backbone.device.type == "cuda":
+            images = images.pin_memory()
+        vectors = self.backbone(images)
+        work.seconds["forward"] += time.perf_counter() - started
+        return Batch(samples, [(d.width, d.height) for d in decoded], vectors)
+
+    # writer thread
+
+    def _write(self, flow: "Flow", to_write: queue.Queue[Any], receipts: queue.Queue[Receipt]) -> None:
+        while (event := flow.get(to_write)) is not None:
+            work: Work = event[0]  # the first event of a shard only opens it
+            events = _until_end(work, flow, to_write)
+            files, embedded = work.files, False
+            try:
+                if files is None:
+                    files, embedded = self._write_shard(work, events)
+            except (StorageError, OSError) as e:
+                work.error = work.error or f"write: {e}"
+            for _ in events:
+                pass
+            receipts.put(_receipt(work, None if work.error else files, embedded))
+
+    def _write_shard(self, work: Work, events: Iterator["Batch | Refused"]) -> tuple[ShardFiles | None, bool]:
+        """The shard's files, and whether it was us who published them; None where something went wrong with it."""
+        with ShardWriter(self.job.vectors, work.shard, self.job.labels, self._root.scratch()) as writer:
+            for event in events:
+                self._write_event(writer, event, work)
+            if work.error is not None:
+                return None, False
+            started = time.perf_counter()
+            files, embedded = publish(self._root, self.job.vectors.folder, work.shard, writer)
+            work.seconds["write"] += time.perf_counter() - started
+            return files, embedded
+
+    def _write_event(self, writer: ShardWriter, event: Batch | Refused, work: Work) -> None:
+        if work.error is not None:
+            return
+        if isinstance(event, Refused):
+            writer.reject(event.sample, event.why, event.size)
+            return
+        started = time.perf_counter()
+        arrays = event.vectors.to_numpy()  # on CUDA this is where the device is waited for
+        work.seconds["forward"] += time.perf_counter() - started
+        started = time.perf_counter()
+        try:
+            writer.rows(event.samples, event.sizes, arrays)
+        except NotFinite as e:
+            work.error = f"forward: {e}"
+        work.seconds["write"] += time.perf_counter() - started
+
+
+def _until_end(work: Work, flow: "Flow", to_write: queue.Queue[Any]) -> Iterator[Batch | Refused]:
+    while (event := flow.get(to_write)[1]) is not END:
+        yield event
+
+
+def _receipt(work: Work, files: ShardFiles | None, embedded: bool) -> Receipt:
+    return Receipt(
+        shard=work.shard.name,
+        files=files,
+        error=work.error,
+        embedded=embedded,
+        bytes_read=work.bytes_read,
+        seconds=work.seconds,
+        started=work.started,
+        ended=time.time(),
+    )
+
+
+def _has_changed(shard: Shard) -> bool:
+    if not shard.members:
+        return shard.source is not None and not is_unchanged(shard.source)
+    # One request a member is nothing on a local disk and the whole job on a remote store.
+    return is_local(resolve(shard.url)[0]) and not all(map(is_unchanged, shard.members))
+
+
+def _timed(samples: Iterator[Sample], work: Work, stage: str) -> Iterator[Sample]:
+    """The same samples; the time that each took to come is the stage's."""
+    while True:
+        started = time.perf_counter()
+        sample = next(samples, None)
+        work.seconds[stage] += time.perf_counter() - started
+        if sample is None:
+            return
+        yield sample
+
+
+class Stopped(Exception):
+    """Raised in a thread of the flow that waits when the flow has ended."""
+
+
+class Flow:
+    """Threads around bounded queues that end together: whoever waits is woken when one of them fails."""
+
+    POLL_S = 0.2
+
+    def __init__(self) -> None:
+        self._stopping = threading.Event()
+        self._error: BaseException | None = None
+
+    def start(self, run: Callable[[], None], then: "queue.Queue[Any] | None" = None) -> threading.Thread:
+        """Runs in a thread; puts None to `then` at the end of it."""
+
+        def body() -> None:
+            try:
+                run()
+                if then is not None:
+                    self.put(then, None)
+            except Stopped:
+                pass
+            except BaseException as e:  # handed to the thread that called us, which raises it
+                self._error = e
+                self._stopping.set()
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopping.is_set()
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._stopping.is_set():
+            raise Stopped
+
+    def put(self, target: "queue.Queue[Any]", item: object) -> None:
+        while True:
+            self.check()
+            try:
+                return target.put(item, timeout=self.POLL_S)
+            except queue.Full:
+                pass
+
+    def get(self, source: "queue.Queue[Any]") -> Any:
+        while True:
+            self.check()
+            try:
+                return source.get(timeout=self.POLL_S)
+            except queue.Empty:
+                pass
+
+    def wait(self, future: "Future[Outcome]") -> Outcome:
+        while True:
+            self.check()
+            try:
+                return future.result(timeout=self.POLL_S)
+            except TimeoutError:
+                if future.done():  # the sample's own TimeoutError, not our waiting
+                    return future.result()
+
+
+class ByteBudget:
+    """Bytes of encoded images in memory at once; a single image beyond the limit passes when nothing else is there."""
+
+    def __init__(self, limit: int):
+        self._limit, self._taken, self._freed = limit, 0, threading.Condition()
+
+    def take(self, count: int, flow: Flow) -> None:
+        with self._freed:
+            while self._taken and self._taken + count > self._limit:
+                flow.check()
+                self._freed.wait(Flow.POLL_S)
+            self._taken += count
+
+    def give(self, count: int) -> None:
+        with self._freed:
+            self._taken -= count
+            self._freed.notify_all()
+
+
+def embed_shards(job: Job, backbone: Backbone, shards: Sequence[Shard]) -> list[Receipt]:
+    """All receipts at once: the whole of `embed` in one process, for tests and notebooks."""
+    return list(Embedder(job, backbone)(shards))

@@ -1,0 +1,259 @@
+"""Image bytes become one uint8 image of the model's size, or a `Reject` that says why not.
+
+What enters was made by strangers: it may be empty, cut, a web page, or a bomb of a few kilobytes. What leaves is
+bit-equal to timm's own evaluation transform, short of its last step (divide by 255, subtract the mean, divide by the
+standard deviation), which belongs on the device. Refused are formats that Pillow cannot decode by itself, damaged
+files, and pixel counts or shapes that would cost gigabytes.
+"""
+
+import io
+import logging
+import re
+import struct
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+from timm.data import create_transform
+
+from pipeline.errors import Reason, Reject, UsageError
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: twice its Image.MAX_IMAGE_PIXELS
+MAX_ASPECT = 100  # the short side is what gets resized: 65500x1 would become 4 Gpx; 8000x8 (2.6 kB) costs 127 MB
+# Above this, one image at a time in a process. At 4 to 12 bytes a pixel (Pillow's RGB takes 4, a conversion or a turn
+# as much again) sixteen threads with a 179 Mpx image each would want 30 GB; so it is 2 GB and sixteen small ones.
+LARGE_PIXELS = 32_000_000
+CONTAINERS = {"ICO", "ICNS"}  # their directory tells a small size, the PNG inside may have any: treated as large
+
+# Pillow's own formats, the usual ones first. Not among them: EPS (runs Ghostscript on the bytes), IPTC (opens whatever
+# lies inside with every format, so EPS too), and those that Pillow names but cannot decode (BUFR, GRIB, HDF5, MPEG,
+# WMF). A fixed list, so that what other packages register cannot change which images a set holds.
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "BLP", "CUR", "DCX", "DDS", "DIB"),
+    *("FITS", "FLI", "FTEX", "GBR", "ICNS", "IM", "IMT", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI"),
+    *("SPIDER", "SUN", "TGA", "XBM", "XPM", "XVTHUMB"),
+)
+
+# How files begin: of formats decoded here, of those with a name and no decoder, and of what is no image.
+DECODED = {
+    "JPEG": rb"\xff\xd8", "PNG": rb"\x89PNG", "GIF": rb"GIF8", "WEBP": rb"RIFF.{4}WEBP", "BMP": rb"BM.{4}\0{4}",
+    "TIFF": rb"II[*+]\0|MM\0[*+]", "AVIF": rb".{4}ftyp(avi[fs]|(mif1|msf1).{0,40}avif)", "ICO": rb"\0\0\x01\0",
+    "JPEG2000": rb"\0{3}\x0cjP  |\xff\x4f\xff\x51", "PSD": rb"8BPS", "PPM": rb"P[1-7]\s", "DDS": rb"DDS ",
+}  # fmt: skip
+UNDECODED = {
+    "HEIC/HEIF": rb".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "JPEG XL": rb"\xff\x0a|\0{3}\x0cJXL ", "PDF": rb"%PDF",
+    "SVG": rb"(?i)\s*<(svg|!doctype svg|(\?xml|!--).*<svg)\b", "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
+    "WMF": rb"\xd7\xcd\xc6\x9a", "EMF": rb"\x01\0{3}.{36} EMF", "JPEG XR": rb"II\xbc", "OpenEXR": rb"v/1\x01",
+    "GIMP XCF": rb"gimp xcf", "Radiance HDR": rb"#\?R", "DjVu": rb"AT&TFORM", "DICOM": rb".{128}DICM",
+    "camera raw": rb"FUJIFILMCCD|IIR[OS]|MMOR|IIU\0|.{4}ftypcrx", "MP4/QuickTime video": rb".{4}ftyp",
+    "WebM/Matroska video": rb"\x1aE\xdf\xa3", "MPEG video": rb"\0\0\x01[\xb3\xba]", "AVI video": rb"RIFF.{4}AVI ",
+    "HDF5": rb"\x89HDF", "GRIB": rb"GRIB", "BUFR": rb"BUFR", "Office document": rb"\xd0\xcf\x11\xe0",
+}  # fmt: skip
+OTHER = {
+    "only zeros": rb"\0+\Z", "HTML": rb"(?i)\s*<(!doctype html|html|head|body|.*<html)\b", "XML": rb"\s*<\?xml",
+    "JSON": rb"\s*[{\[]\s*[\"{\[\]}]", "a ZIP archive": rb"PK\x03\x04", "gzip data": rb"\x1f\x8b",
+    "a Git LFS pointer": rb"version https://git-lfs", "text": rb"(?=.*[A-Za-z])[\t\n\r -~\x80-\xff]+\Z",
+}  # fmt: skip
+
+Turn = Image.Transpose
+UPRIGHT = {
+    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
+}  # fmt: skip
+AS_STORED = UPRIGHT | {6: Turn.ROTATE_90, 8: Turn.ROTATE_270}  # undoes UPRIGHT
+
+# What Pillow's EXIF parser raises on damaged blocks.
+EXIF_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error)
+
+_one_large_image = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What timm resolved for a model. Hashable; `dataclasses.asdict` of it goes into JSON, `of` takes it back."""
+
+    input_size: tuple[int, int, int]  # channels, height, width
+    crop_pct: float  # model's size / size after the resize
+    crop_mode: str  # center, squash or border
+    interpolation: str  # bicubic, bilinear …
+    mean: tuple[float, ...]  # of images in 0…1, one a channel
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, data_config: dict[str, Any]) -> "Preprocessing":
+        """From `timm.data.resolve_data_config(…)`. Raises `UsageError` for a model of other than RGB images."""
+        channels, height, width = data_config["input_size"]
+        if channels != 3:
+            raise UsageError(f"the model takes images of {channels} channels: only models of 3 (RGB) can be used")
+        return cls(
+            input_size=(channels, height, width),
+            crop_pct=float(data_config["crop_pct"]),
+            crop_mode=str(data_config["crop_mode"]),
+            interpolation=str(data_config["interpolation"]),
+            mean=tuple(map(float, data_config["mean"])),
+            std=tuple(map(float, data_config["std"])),
+        )
+
+
+class Decoded(NamedTuple):
+    """`pixels`: uint8 (3, H, W), contiguous. `width`, `height`: of the upright image before it was resized."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+
+
+class Decoder:
+    """`--decode exact`: called with one image's bytes; safe to call from many threads, and picklable.
+
+    Raises `Reject` with stage `decode` for a sample that gives no pixels, and nothing else.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True):
+        """`exif_orientation`: turn images upright as `PIL.ImageOps.exif_transpose` does; else leave them as stored."""
+        self.preprocessing, self.exif_orientation = preprocessing, exif_orientation
+        # use_prefetcher leaves out ToTensor and Normalize, and nothing else.
+        self.transform = create_transform(**asdict(preprocessing), is_training=False, use_prefetcher=True)
+        Image.init()  # here, because Pillow loads its plugins on first use and threads would race
+        self.formats = tuple(name for name in FORMATS if name in Image.OPEN)
+        # Pillow's warnings (large images, palette transparency, corrupt EXIF) tell nothing that is not handled here.
+        # Silenced for the whole process, because catch_warnings around each call is not thread-safe.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors go to stderr, by logging's default
+
+    def __reduce__(self) -> tuple[Callable[..., "Decoder"], tuple[Preprocessing]]:
+        return partial(Decoder, exif_orientation=self.exif_orientation), (self.preprocessing,)
+
+    def __call__(self, data: bytes) -> Decoded:
+        """`data`: an encoded image. Raises `Reject`."""
+        if not data:
+            raise Reject("empty", "decode", "no bytes")
+        try:
+            image = self._open(data)
+            _refuse_large(*image.size)
+            if image.width * image.height <= LARGE_PIXELS and image.format not in CONTAINERS:
+                return self._resized(self._rgb(image, data))
+            with _one_large_image:
+                return self._resized(self._rgb(image, data))
+        except MemoryError as error:
+            raise Reject("too_large", "decode", "there was not enough memory to decode it") from error
+
+    def _open(self, data: bytes) -> Image.Image:
+        """The image with its size known and its pixels not yet decoded."""
+        try:
+            try:
+                return Image.open(io.BytesIO(data), formats=self.formats)
+            except Image.UnidentifiedImageError:
+                if (name := _first_match(DECODED, data)) in self.formats:
+                    Image.OPEN[name][0](io.BytesIO(data), "")  # raises what is wrong, which `open` keeps to itself
+                raise
+        # A decoder fed by strangers raises nearly anything (a KeyError out of a palette, a RecursionError …), and
+        # whatever it is, it is this sample's fault: here and at `load` below, nowhere else.
+        except Exception as error:
+            raise _why_not(data, error) from error
+
+    def _rgb(self, image: Image.Image, data: bytes) -> Image.Image:
+        """Decodes, turns and converts: what `exif_transpose(image).convert("RGB")` gives, deep images scaled first."""
+        stored_orientation = _orientation(image) if image.format == "TIFF" else 1  # Pillow's load turns TIFFs upright
+        try:
+            image.load()
+        except Exception as error:  # as at `open`
+            raise _why_not(data, error, image.format) from error
+        _refuse_large(*image.size)  # an ICO's PNG may be larger than the ICO said
+        turn = UPRIGHT.get(_orientation(image)) if self.exif_orientation else AS_STORED.get(stored_orientation)
+        return to_rgb(image if turn is None else image.transpose(turn))
+
+    def _resized(self, image: Image.Image) -> Decoded:
+        return Decoded(np.ascontiguousarray(self.transform(image).numpy()), image.width, image.height)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as is; 16-bit, integer and float images scaled to 8 bits; all else `convert("RGB")`, alpha dropped.
+
+    16-bit and integer levels lose their low 8 bits (Pillow would clip them at 255). Raises `Reject` (unsupported).
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        levels = float_levels(np.array(image))
+    elif image.mode.startswith("I"):
+        levels = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+    else:
+        try:
+            return image.convert("RGB")
+        except (ValueError, LookupError, OSError, ImageCms.PyCMSError) as error:
+            raise Reject("unsupported", "decode", f"mode {image.mode} cannot be converted to RGB") from error
+    return Image.fromarray(levels).convert("RGB")
+
+
+def float_levels(values: np.ndarray) -> np.ndarray:
+    """uint8 (H, W) from float32 (H, W), which is overwritten. The largest finite value tells the scale.
+
+    Up to 1: of 0…1; up to 255: levels; above: 16-bit levels. Not-a-number and negatives give 0, infinity 255.
+    """
+    top = np.max(values, initial=0, where=np.isfinite(values))
+    values *= 255 if top <= 1 else 1 if top <= 255 else 1 / 256
+    np.nan_to_num(values, copy=False, nan=0, posinf=255, neginf=0)
+    return np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8)
+
+
+def _refuse_large(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Reject("too_large", "decode", f"{width}x{height} pixels: more than {MAX_PIXELS}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise Reject("too_large", "decode", f"{width}x{height} pixels: over {MAX_ASPECT}:1, its resize would be huge")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's (or XMP's) orientation, 1 to 8; 1 where the block is damaged: that must not cost the sample."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except EXIF_ERRORS:
+        return 1
+
+
+def _why_not(data: bytes, error: Exception, name: str | None = None) -> Reject:
+    """Names what Pillow could not open, or as format `name` not decode."""
+    text = re.sub(r"[^!-~]+", " ", str(error) or type(error).__name__)
+    text = re.sub(r"<[^>]* at 0x\w+>", "the bytes", text)  # no addresses
+    name = name or _first_match(DECODED, data)
+    reason: Reason = "corrupt"
+    if isinstance(error, MemoryError | Image.DecompressionBombError) or re.search(r"(?i)too large|memory", text):
+        reason = "too_large"  # a PNG's text chunks that unpack to more than Pillow allows say so in a ValueError
+    elif name is None and (other := _first_match(UNDECODED, data)):
+        reason, text = "unsupported", f"{other}, which Pillow does not decode"
+    elif name is None:
+        text = (_first_match(OTHER, data) or f"bytes that begin with {data[:8].hex(' ')}") + ", not an image"
+    elif re.search(r"(?i)truncat|unexpected end|not enough|premature|requires a buffer", text) or _is_cut(data, name):
+        reason = "truncated"
+    elif re.search(r"(?i)cannot handle|support", text):
+        reason = "unsupported"
+    return Reject(reason, "decode", (f"{name}: {text}" if name else text)[:200])
+
+
+def _is_cut(data: bytes, name: str) -> bool:
+    """Whether the format's end marker is missing, or its header tells of more bytes than there are."""
+    if name in ("JPEG", "MPO"):
+        at = 2  # over the segments up to the scan (0xDA): an EXIF block's thumbnail has an end marker of its own
+        while at + 4 <= len(data) and data[at] == 0xFF and 0xC0 <= data[at + 1] != 0xDA:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        return b"\xff\xd9" not in data[at:]
+    if name == "TIFF":
+        return int.from_bytes(data[4:8], "little" if data[:1] == b"I" else "big") >= len(data)
+    return {
+        "PNG": b"IEND" not in data,
+        "GIF": not data.rstrip(b"\0").endswith(b";"),
+        "WEBP": int.from_bytes(data[4:8], "little") + 8 > len(data),
+        "JPEG2000": b"\xff\xd9" not in data[-16:],
+        "BMP": int.from_bytes(data[2:6], "little") > len(data),
+    }.get(name, False)
+
+
+def _first_match(table: dict[str, bytes], data: bytes) -> str | None:
+    head = data[:1024]
+    return next((name for name, begins in table.items() if re.match(begins, head, re.DOTALL)), None)

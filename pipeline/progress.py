@@ -1,0 +1,163 @@
+"""What a run shows while it works and says afterwards: a progress line, a note beside the output, what limited it."""
+
+import json
+import os
+import platform
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pipeline.embed import STAGES, Receipt
+from pipeline.errors import StorageError
+from pipeline.storage import Root
+
+LINE_EVERY_S = 10.0  # without a terminal
+NOTE_EVERY_S = 10.0
+ALIVE_S = 120.0  # a run whose note is older than this is taken for dead
+
+
+@dataclass
+class State:
+    """A run as its observers see it."""
+
+    set: str
+    shards: int
+    state: str = "running"  # running, committed, failed, refused, stalled, interrupted
+    shards_unchanged: int = 0
+    shards_done: int = 0  # by this run
+    images: int = 0  # by this run, of shards under way too
+    rejects: int = 0
+    images_per_s: float = 0.0
+    host: str = field(default_factory=platform.node)
+    pid: int = field(default_factory=os.getpid)
+    started: float = field(default_factory=time.time)
+    updated: float = field(default_factory=time.time)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to go by the shards done so far; None before the first."""
+        todo = self.shards - self.shards_unchanged
+        if not self.shards_done:
+            return None
+        return (time.time() - self.started) / self.shards_done * (todo - self.shards_done)
+
+
+class Display:
+    """One live line on a terminal, a plain line every ten seconds elsewhere; everything on stderr."""
+
+    def __init__(self, state: State, stream: TextIO | None = None):
+        self._state, self._stream = state, stream or sys.stderr
+        self._last_line = time.monotonic()
+        self._images_at: list[tuple[float, int]] = []
+        self._bar: Progress | None = None
+        if self._stream.isatty():
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("shards · {task.fields[text]}"),
+                TimeElapsedColumn(),
+                console=Console(file=self._stream),
+            )
+            total = state.shards - state.shards_unchanged
+            self._task = self._bar.add_task("embedding", total=total, text="starting")
+
+    def __enter__(self) -> "Display":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.show(last=True)
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, last: bool = False) -> None:
+        """Call it often; it draws when it is time."""
+        state, now = self._state, time.monotonic()
+        self._images_at = [*self._images_at, (now, state.images + state.rejects)][-60:]
+        (t0, n0), (t1, n1) = self._images_at[0], self._images_at[-1]
+        state.images_per_s = (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+        if self._bar:
+            self._bar.update(self._task, completed=state.shards_done, text=self._text())
+        elif last or now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            total = state.shards - state.shards_unchanged
+            print(f"embedding {state.shards_done}/{total} shards · {self._text()}", file=self._stream, flush=True)
+
+    def _text(self) -> str:
+        state = self._state
+        eta = "" if state.eta_s is None else f" · {_duration(state.eta_s)} to go"
+        return f"{state.images:,} images · {state.images_per_s:,.0f}/s · {state.rejects:,} rejected{eta}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class Note:
+    """The run's state as a small JSON below `reports/`, renewed every ten seconds: what `status` and `gc` go by."""
+
+    def __init__(self, root: Root, state: State):
+        self._root, self._state, self._written = root, state, 0.0
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(state.started))
+        self._name = f"reports/run-{stamp}-{uuid.uuid4().hex[:8]}.json"
+
+    def renew(self, force: bool = False) -> None:
+        if not force and time.monotonic() - self._written < NOTE_EVERY_S:
+            return
+        self._written = time.monotonic()
+        self._state.updated = time.time()
+        try:
+            self._root.overwrite(self._name, json.dumps(asdict(self._state), indent=1).encode())
+        except (OSError, StorageError):
+            pass  # a note that cannot be written must not end a run that can go on
+
+    def close(self, state: str) -> None:
+        self._state.state = state
+        self.renew(force=True)
+
+
+def read_notes(root: Root) -> list[State]:
+    """The runs that left a note, newest last."""
+    names = sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json"))
+    return [State(**json.loads(root.read(name))) for name in names]
+
+
+def is_alive(state: State) -> bool:
+    return state.state == "running" and time.time() - state.updated < ALIVE_S
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`images_per_s`: samples over the time between the first shard's start and the last one's end."""
+
+    images_per_s: float
+    limited_by: str  # a stage, or "nothing to do"
+    busy: dict[str, float]  # by stage: share of its own capacity
+    sentence: str
+
+
+def speed(receipts: Sequence[Receipt], actors: int, decode_threads: int) -> Speed:
+    """What the run reached and which stage was busiest: seconds at work by seconds that its threads had."""
+    done = [r for r in receipts if r.embedded and r.files]
+    if not done:
+        return Speed(0.0, "nothing to do", {}, "nothing to embed: every shard was done")
+    span = max(r.ended for r in done) - min(r.started for r in done)
+    capacity = {"read": 1, "decode": decode_threads, "forward": 1, "write": 1}
+    busy = {s: sum(r.seconds[s] for r in done) / (span * actors * capacity[s]) for s in STAGES}
+    limit = max(busy, key=lambda s: busy[s])
+    images = sum(r.files.counts.samples for r in done if r.files) / span
+    others = ", ".join(f"{s} {busy[s]:.0%}" for s in STAGES if s != limit)
+    return Speed(images, limit, busy, f"{images:,.1f} images/s, limited by {limit} ({busy[limit]:.0%} busy; {others})")

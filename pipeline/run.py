@@ -1,0 +1,342 @@
+"""The whole of `embed`, from top to bottom: list → plan → embed on Ray → collect → gate → commit."""
+
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline import actors, backbone, versions, weights
+from pipeline.config import RunConfig, VectorSet
+from pipeline.embed import STAGES, Job, Receipt
+from pipeline.errors import StorageError, UsageError
+from pipeline.listing import Shard, list_shards
+from pipeline.progress import Display, Note, State, speed
+from pipeline.storage import Root, digest
+
+WAVE_SHARDS = 10_000  # Ray plans a wave at a time: 20,000 tasks cost it 30 s before the first block
+FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
+POLL_S = 0.5
+COMMITTED, FAILED, REFUSED, STALLED, INTERRUPTED = 0, 1, 3, 4, 130
+ENDS = {COMMITTED: "committed", FAILED: "failed", REFUSED: "refused", STALLED: "stalled", INTERRUPTED: "interrupted"}
+AGAIN = "run the same command to go on"
+
+
+class Stalled(Exception):
+    """No image and no shard was finished for the stall timeout; the message names the stage."""
+
+
+class Failed(Exception):
+    """Shards could not be embedded or committed; the same command goes on from there."""
+
+
+class Refused(Exception):
+    """A gate kept the result from becoming a version."""
+
+
+@dataclass
+class Run:
+    """One run: what it has before it, all resolved, and what has become of it so far."""
+
+    config: RunConfig
+    root: Root
+    shards: list[Shard]
+    vectors: VectorSet
+    labels: tuple[str, ...]
+    module: Any  # the torch module, weights loaded
+    device: str
+    todo: list[Shard]
+    removed: list[str]
+    started: float  # time.monotonic()
+    receipts: list[Receipt] = field(default_factory=list)
+    actors: int = 1
+    threads: int = 1  # that decode, of each actor
+
+
+@dataclass
+class Result:
+    """How the run ended: the exit code, a sentence for a person, and the object of `--json`."""
+
+    exit_code: int
+    message: str
+    json: dict[str, Any] = field(default_factory=dict)
+
+
+def embed(config: RunConfig, say: Callable[[str], None] = print) -> Result:
+    """Embeds what the output lacks and commits a version. `say` gets a line for a person at each step.
+
+    Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
+    """
+    run = plan(config)
+    say(_describe(run))
+    if config.dry_run:
+        return Result(COMMITTED, "dry run: nothing was read or written", _dry(run))
+    versions.create_set(run.root, run.vectors.folder, run.vectors.as_dict() | {"set": run.vectors.name})
+    state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
+    note = Note(run.root, state)
+    note.renew(force=True)
+    files: list[versions.ShardFiles] = []
+    try:
+        if run.todo:
+            _embed_todo(run, state, note, say)
+        files = _collect(run)
+        _gate(config, files)
+        version = versions.commit(run.root, run.vectors.name, files)
+    except Refused as e:
+        ended = Result(REFUSED, str(e))
+    except Stalled as e:
+        ended = Result(STALLED, f"{e}; {AGAIN}")
+    except (Failed, StorageError, OSError) as e:
+        ended = Result(FAILED, f"{e}; {AGAIN}")
+    except KeyboardInterrupt:
+        ended = Result(INTERRUPTED, f"interrupted; {AGAIN}")
+    else:
+        report = _report(run, files, version)
+        ended = Result(COMMITTED, f"version {version.version} of {run.root.url}: {_summary(report)}", report)
+    note.close(ENDS[ended.exit_code])
+    return replace(ended, json=ended.json or _report(run, files, None))
+
+
+def plan(config: RunConfig) -> Run:
+    """Lists the input, loads the model, and compares with what the output has. Reads no shard, writes nothing."""
+    started = time.monotonic()
+    root = versions.open_output(config.output)
+    shards = list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
+    device = backbone.resolve_device(config.device)
+    if device == "cpu" and config.gpus_per_actor:
+        raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
+    precision = backbone.resolve_precision(config.precision, device)
+    module = weights.load_module(config.model, config.weights)
+    facts = backbone.facts_of(module, config.model)
+    outputs, top_k = _outputs(config, facts)
+    labels, source = _labels(config, facts) if top_k else ((), "none")
+    vectors = VectorSet(
+        model=config.model,
+        weights_sha256=weights.sha256(module.state_dict()),
+        preprocessing=facts.preprocessing,
+        exif_orientation=config.exif_orientation,
+        precision=precision,
+        engine="eager",
+        decode="exact",
+        outputs=outputs,
+        pooling=facts.pooling,
+        dim=facts.dim,
+        classes=facts.classes,
+        top_k=top_k,
+        labels_sha256=digest(*labels) if labels else "",
+        labels_source=source,
+        normalized=config.normalize,
+        vector_type=config.vector_type,
+    )
+    done = versions.done(root, vectors.folder)
+    todo = [s for s in shards if versions.embeddings_name(vectors.folder, s.name, s.etag) not in done]
+    before = versions.read_version(root)
+    return Run(
+        config=config,
+        root=root,
+        shards=shards,
+        vectors=vectors,
+        labels=labels,
+        module=module,
+        device=device,
+        todo=sorted(todo, key=lambda s: (-s.size, s.name)),
+        removed=versions.removed(root, before, vectors.name, {s.name for s in shards}),
+        started=started,
+    )
+
+
+def _outputs(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], int]:
+    """The outputs asked for, and k: 0 without classes, never more than there are classes."""
+    if config.outputs is None:
+        outputs: tuple[str, ...] = ("embedding", "classes") if facts.classes else ("embedding",)
+    else:
+        outputs = tuple(sorted(set(config.outputs), reverse=True))
+    if "classes" in outputs and not facts.classes:
+        raise UsageError(f"--outputs classes: {config.model} has no classifier; use --outputs embedding")
+    return outputs, min(config.top_k, facts.classes) if "classes" in outputs else 0
+
+
+def _labels(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], str]:
+    if config.labels is not None:
+        return backbone.read_labels(config.labels, facts.classes), "file"
+    return facts.label_names, facts.labels_source
+
+
+def _embed_todo(run: Run, state: State, note: Note, say: Callable[[str], None]) -> None:
+    """Embeds what is to do, in waves, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
+    staged, _ = weights.stage(run.module)
+    run.module = None  # the actors load their own
+    actors.start_ray()
+    try:
+        pool, gpus, run.threads = actors.pool(run.config, run.device, len(run.todo))
+        run.actors = pool[1]
+        job = Job(
+            vectors=run.vectors,
+            labels=run.labels,
+            weights=str(staged),
+            output=run.root.url,
+            device=run.device,
+            batch_size=run.config.batch_size,
+            decode_threads=run.threads,
+            torch_threads=run.threads,
+        )
+        board = actors.make_board()
+        with _terminated_as_interrupted(), Display(state) as display:
+            for start in range(0, len(run.todo), WAVE_SHARDS):
+                coming = actors.embed_on_ray(job, run.todo[start : start + WAVE_SHARDS], board, pool, gpus)
+                for receipt in _watched(coming, board, state, note, display, run.config.stall_timeout_s):
+                    run.receipts.append(receipt)
+                    state.shards_done += 1
+                    if receipt.error:
+                        say(f"shard {receipt.shard} failed: {receipt.error}")
+                    _check_failures(run)
+    finally:
+        actors.stop_ray()
+    _check_failures(run, finished=True)
+
+
+def _check_failures(run: Run, finished: bool = False) -> None:
+    failed = [r for r in run.receipts if r.error]
+    if failed and (finished or (len(failed) >= FAILED_SHARDS and len(failed) > len(run.receipts) / 2)):
+        raise Failed(f"{len(failed)} of {len(run.todo)} shards failed, the first one with: {failed[0].error}")
+
+
+def _watched(
+    receipts: Iterator[Receipt], board: Any, state: State, note: Note, display: Display, stall_timeout_s: float
+) -> Iterator[Receipt]:
+    """The same receipts, while progress is shown; raises `Stalled` when nothing moves, `Failed` when Ray gives up."""
+    arrived: queue.Queue[Any] = queue.Queue()
+
+    def drain() -> None:
+        try:
+            for receipt in receipts:
+                arrived.put(receipt)
+            arrived.put(None)
+        except Exception as e:  # whatever Ray raises in its own thread ends the run as a failure, with its message
+            arrived.put(e)
+
+    threading.Thread(target=drain, daemon=True).start()
+    moved_at, last_seen = time.monotonic(), (-1, -1)
+    while True:
+        try:
+            item = arrived.get(timeout=POLL_S)
+        except queue.Empty:
+            item = ()
+        said = actors.read_board(board)
+        state.images = sum(a["images"] for a in said.values())
+        state.rejects = sum(a["rejects"] for a in said.values())
+        display.show()
+        note.renew()
+        if item is None:
+            return
+        if isinstance(item, Exception):
+            raise Failed(f"the workers failed: {actors.cause(item)}") from item
+        if isinstance(item, Receipt):
+            yield item
+        seen = (state.shards_done, state.images + state.rejects)
+        if seen != last_seen:
+            moved_at, last_seen = time.monotonic(), seen
+        elif time.monotonic() - moved_at > stall_timeout_s:
+            where = ", ".join(f"{a['stage']} of {a['shard'] or 'the first shard'}" for a in said.values())
+            raise Stalled(f"no progress for {stall_timeout_s:.0f} s in stage {where or 'start of the actors'}")
+
+
+class _terminated_as_interrupted:
+    """SIGTERM, as schedulers send it, ends the run like Ctrl-C: cleanly and resumable."""
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def _collect(run: Run) -> list[versions.ShardFiles]:
+    """The files of all shards: by receipt, by the version before, or else by their own footers."""
+    known = {r.files.embeddings: r.files for r in run.receipts if r.files}
+    before = versions.read_version(run.root)
+    if before is not None and before.set == run.vectors.name:
+        known |= {f.embeddings: f for f in versions.read_list(run.root, before)}
+    return versions.collect(run.root, run.vectors.folder, run.shards, known)
+
+
+def _gate(config: RunConfig, files: Sequence[versions.ShardFiles]) -> None:
+    total = versions.totals(files)
+    if total.samples and total.rejected > config.max_reject_rate * total.samples:
+        raise Refused(
+            f"{total.rejected} of {total.samples} samples were rejected ({total.rejected / total.samples:.2%}, "
+            f"--max-reject-rate is {config.max_reject_rate:.2%}): {_reasons(total.rejects)}; no version was committed"
+        )
+
+
+def _reasons(rejects: dict[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(rejects.items(), key=lambda r: (-r[1], r[0]))) or "none"
+
+
+def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Version | None) -> dict[str, Any]:
+    """The object of `embed --json`; counts are over all shards of the result, speed over what this run embedded."""
+    embedded = [r.files for r in run.receipts if r.files and r.embedded]
+    total = versions.totals(files or embedded)
+    pace = speed(run.receipts, run.actors, run.threads)
+    seconds = time.monotonic() - run.started
+    accuracy = {"top1": total.top1 / total.labelled, "top5": total.top5 / total.labelled} if total.labelled else {}
+    return {
+        "set": run.vectors.name,
+        "version": version.version if version else None,
+        "output": run.root.url,
+        "shards": len(run.shards),
+        "shards_embedded": len(embedded),
+        "shards_unchanged": len(run.shards) - len(run.todo),
+        "shards_removed": len(run.removed),
+        "samples": total.samples,
+        "rows": total.rows,
+        "rejects": dict(sorted(total.rejects.items())),
+        "seconds": round(seconds, 3),
+        "images_per_s": round(pace.images_per_s, 2),
+        "images_per_s_all_in": round(versions.totals(embedded).samples / seconds, 2),
+        "limited_by": pace.limited_by,
+        "speed": pace.sentence,
+        "stage_seconds": {s: round(sum(r.seconds[s] for r in run.receipts), 3) for s in STAGES},
+        "bytes_read": sum(r.bytes_read for r in run.receipts),
+        "failed": [{"shard": r.shard, "error": r.error} for r in run.receipts if r.error],
+        "removed": run.removed,
+        **accuracy,
+    }
+
+
+def _summary(result: dict[str, Any]) -> str:
+    rejects = sum(result["rejects"].values())
+    parts = [f"{result['rows']:,} rows, {rejects:,} rejects ({_reasons(result['rejects'])})"]
+    if result["shards_removed"]:
+        parts.append(f"{result['shards_removed']} shards removed: {', '.join(result['removed'][:3])}")
+    if "top1" in result:
+        parts.append(f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} against the shards' labels")
+    return "; ".join([*parts, result["speed"]])
+
+
+def _describe(run: Run) -> str:
+    vectors, count = run.vectors, len(run.shards)
+    return (
+        f"{vectors.name}: {vectors.dim}-d embeddings, {vectors.precision} on {run.device}; "
+        f"{count} shards, {len(run.todo)} to embed, {count - len(run.todo)} unchanged, {len(run.removed)} removed"
+    )
+
+
+def _dry(run: Run) -> dict[str, Any]:
+    return {
+        "dry_run": True,
+        "set": run.vectors.name,
+        "output": run.root.url,
+        "shards": len(run.shards),
+        "shards_to_embed": len(run.todo),
+        "shards_unchanged": len(run.shards) - len(run.todo),
+        "shards_removed": len(run.removed),
+        "bytes_to_read": sum(s.size for s in run.todo),
+        "to_embed": [s.name for s in run.todo],
+        "removed": run.removed,
+        "seconds": round(time.monotonic() - run.started, 3),
+    }

@@ -1,0 +1,339 @@
+"""A shard becomes samples, in the shard's order and in bounded memory: every image once, with its key.
+
+Nothing is dropped in silence: an image that cannot be had is a sample with a `Reject`, and where the rest of a shard
+is lost, a last sample with the key `#end` says so. Errors of the store are raised, never turned into rejects.
+"""
+
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import aiohttp
+import fsspec
+import stamina
+
+from pipeline.errors import Reject, StorageError, UsageError
+from pipeline.storage import CLIENT_MODULES, is_local, open_input, read_bytes, redact, resolve
+from pipeline.tables import read_rows
+from pipeline.tars import Member, read_members
+
+if TYPE_CHECKING:  # listing.py imports us
+    from pipeline.listing import Shard
+
+MAX_IMAGE_BYTES = 256 * 2**20  # one image as stored; the largest real ones, scans of maps, are about 100 MiB
+LABEL_MAX_BYTES = 32  # a `.cls` member: an integer as text
+IMAGE_ENDINGS = set(
+    [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "apng",
+        "webp",
+        "gif",
+        "bmp",
+        "dib",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+        "pfm",
+        "jp2",
+        "j2k",
+        "jpx",
+    ]
+)
+IMAGE_ENDINGS |= set(
+    [
+        "avif",
+        "avifs",
+        "heic",
+        "heif",
+        "jxl",
+        "svg",
+        "ico",
+        "icns",
+        "tga",
+        "dds",
+        "psd",
+        "qoi",
+        "xbm",
+        "xpm",
+        "exr",
+        "hdr",
+        "pcx",
+        "sgi",
+    ]
+)
+FETCH_ATTEMPTS = 3  # of an address out of a column: most that fail are dead, and every one costs the waits
+FETCH_TIMEOUT_S = 60.0  # one HTTP request with its body
+WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's `base_plus_ext`
+WEBDATASET_META = re.compile(r"__[^/]*__($|/)")
+
+
+@dataclass(slots=True)
+class Sample:
+    """One image of a shard. `id_key` names it in its shard: `key`, but for the second and later of equal keys."""
+
+    row: int  # position in the shard
+    key: str
+    image: bytes = b""
+    label: int | None = None
+    url: str | None = None  # to be had with `fetch`, in a thread, instead of `image`
+    listed_bytes: int | None = None  # with `url`: a folder's own file and its size, not an address out of a column
+    reject: Reject | None = None  # already known to give no vector
+    id_key: str = field(default="")
+
+    def __post_init__(self) -> None:
+        self.id_key = self.id_key or self.key
+
+
+def read_samples(shard: "Shard") -> Iterator[Sample]:
+    """All samples, rows 0, 1, 2 …. Raises `StorageError` or `OSError` where the store fails, nothing for bad data."""
+    return _numbered({"webdataset": _webdataset, "parquet": _parquet, "folder": _folder}[shard.format](shard))
+
+
+def read_keys(shard: "Shard") -> Iterator[str]:
+    """The `id_key` of each sample that `read_samples` gives, in order; of Parquet only the keys' column is read."""
+    if shard.format == "parquet":
+        samples: Iterable[Sample] = _parquet(shard, images=False)
+    elif shard.format == "folder":
+        samples = (Sample(0, _text(m.url[_root_length(shard) :])) for m in shard.members)
+    else:
+        samples = _webdataset(shard)
+    return (sample.id_key for sample in _numbered(samples))
+
+
+def _numbered(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Counts the rows and keeps ids unique: the first with a key keeps it, later ones become rejects."""
+    rows: dict[str, int] = {}
+    for row, sample in enumerate(samples):
+        sample.row = row
+        if sample.id_key in rows:
+            first = rows[sample.id_key]
+            if sample.reject is None or sample.reject.reason not in ("truncated", "corrupt"):
+                sample.reject = Reject("duplicate_key", "read", f"row {first} has the key {sample.key!r} already")
+            sample.image, sample.url = b"", None
+            while sample.id_key in rows:
+                sample.id_key += f"#duplicate-{row}"
+        rows[sample.id_key] = row
+        yield sample
+
+
+def is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_ENDINGS and "." in name
+
+
+def _text(name: str) -> str:
+    """A name as valid Unicode: bytes that were no UTF-8 are spelled out, as output columns must hold it."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _sized(sample: Sample, size: int) -> Sample:
+    """The sample with the reject that its image's size alone gives."""
+    if size == 0:
+        sample.reject = Reject("empty", "read", "the image holds no bytes")
+    elif size > MAX_IMAGE_BYTES:
+        message = f"an image of {size} bytes, at most {MAX_IMAGE_BYTES} are taken"
+        sample.reject, sample.image = Reject("too_large", "read", message), b""
+    return sample
+
+
+# WebDataset
+
+
+def _webdataset(shard: "Shard") -> Iterator[Sample]:
+    """webdataset's own grouping: consecutive members with one name up to the first dot are one sample."""
+    group: _Group | None = None
+    with open_input(shard.url, shard.size) as raw:
+        try:
+            for member in read_members(raw):
+                name = WEBDATASET_NAME.match(member.name)
+                is_meta = WEBDATASET_META.match(member.name)
+                # Links give no bytes: webdataset skips them. Here one in place of an image must not vanish.
+                is_data = member.kind == "file" or (member.kind != "folder" and is_image(member.name))
+                if not name or is_meta or not is_data:
+                    continue
+                key, ending = _text(name.group(1)), name.group(2).lower()
+                if group is not None and group.key != key:
+                    yield from group.samples()
+                    group = None
+                group = group or _Group(key)
+                group.add(ending, member)
+        except Reject as damage:
+            if group is not None and group.image is not None:
+                yield from group.samples()
+            if group is None or group.cut is not damage:
+                yield Sample(0, "#end", reject=damage)
+            return
+    if group is not None:
+        yield from group.samples()
+
+
+class _Group:
+    """The members of one key. The image is the first with a plain ending (`jpg`), else the first (`seg.png`)."""
+
+    def __init__(self, key: str):
+        self.key, self.label = key, cast(int | None, None)
+        self.image: Sample | None = None
+        self.cut: Reject | None = None  # the damage that ended the tar within our image
+        self._ending, self._endings, self._repeated = "", set[str](), 0
+
+    def add(self, ending: str, member: Member) -> None:
+        if ending == "cls" and member.size <= LABEL_MAX_BYTES and self.label is None:
+            self.label = _integer(member.read())
+        if not is_image("." + ending):
+            return
+        if ending in self._endings:
+            self._repeated += 1
+            return
+        self._endings.add(ending)
+        if self.image is None or ("." in self._ending and "." not in ending):
+            self._ending, self.image = ending, _sized(Sample(0, self.key), member.size)
+            if member.kind != "file":
+                what = f"a link to {_text(member.link)!r}" if member.kind == "link" else "no file"
+                message = f"{_text(member.name)!r} is {what}: the tar holds no bytes of its own for it"
+                self.image.reject = Reject("missing_image", "read", message)
+            elif self.image.reject is None:
+                try:
+                    self.image.image = member.read()
+                except Reject as damage:
+                    self.image.reject = self.cut = damage
+                    raise
+
+    def samples(self) -> Iterator[Sample]:
+        """The sample, and one more for each further image under a name that the group had already."""
+        if self.image is None:
+            missing = Reject("missing_image", "read", "no member with an image's ending (jpg, png …)")
+            self.image = Sample(0, self.key, reject=missing)
+        self.image.label = self.label
+        yield self.image
+        for _ in range(self._repeated):
+            yield Sample(0, self.key)
+
+
+def _integer(text: bytes) -> int | None:
+    """None for what is no integer, or none that the output's int32 column holds."""
+    try:
+        number = int(text)
+    except ValueError:
+        return None
+    return number if -(2**31) <= number < 2**31 else None
+
+
+# Parquet
+
+
+def _parquet(shard: "Shard", images: bool = True) -> Iterator[Sample]:
+    with open_input(shard.url, shard.size) as raw:
+        for row in read_rows(raw, shard.size, shard.columns, images):
+            sample = Sample(0, row.key, row.image or b"", row.label, reject=row.reject)
+            if row.url is not None:
+                sample.url = _absolute(row.url, shard.url)
+            elif images and row.reject is None:
+                _sized(sample, len(sample.image))
+            yield sample
+
+
+def _absolute(url: str, shard_url: str) -> str:
+    """An address out of a column; one without a scheme is relative to the Parquet file's folder."""
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", url) or url.startswith("/"):
+        return url
+    scheme, mark, path = shard_url.rpartition("://")
+    return scheme + mark + posixpath.normpath(posixpath.join(posixpath.dirname(path.partition("?")[0]), url))
+
+
+# Folders and addresses
+
+
+def _root_length(shard: "Shard") -> int:
+    return len(shard.url.rstrip("/")) + 1
+
+
+def _folder(shard: "Shard") -> Iterator[Sample]:
+    """A local folder's files are read here, in order; a remote one's are left to `fetch`, many at a time."""
+    remote = not is_local(resolve(shard.url)[0])
+    for member in shard.members:
+        sample = _sized(Sample(0, _text(member.url[_root_length(shard) :])), member.size)
+        if sample.reject is None and remote:
+            sample.url, sample.listed_bytes = member.url, member.size
+        elif sample.reject is None:
+            sample.image = _read_own(member.url, member.size)
+        yield sample
+
+
+def _read_own(url: str, size: int) -> bytes:
+    try:
+        content = read_bytes(url)
+    except FileNotFoundError as e:
+        raise StorageError(f"{redact(url)} has gone since it was listed: run again") from e
+    if len(content) != size:
+        raise StorageError(f"{redact(url)} has {len(content)} bytes, {size} when it was listed: run again")
+    return content
+
+
+def fetch(sample: Sample) -> bytes:
+    """The image at `sample.url`, at most `MAX_IMAGE_BYTES`.
+
+    A folder's own file raises `StorageError` after storage.py's retries. An address out of a column is data: whatever
+    is wrong with it raises a `Reject`, at once where the server's answer is final, else after `FETCH_ATTEMPTS`.
+    """
+    assert sample.url is not None, "the sample holds its image itself"
+    if sample.listed_bytes is not None:
+        return _read_own(sample.url, sample.listed_bytes)
+    shown = redact(sample.url)
+    try:
+        fs, path = resolve(sample.url)
+        for attempt in stamina.retry_context(on=_may_pass, attempts=FETCH_ATTEMPTS, wait_initial=0.2, wait_max=2):
+            with attempt:
+                content = _read_bounded(fs, path)
+    except UsageError as e:
+        raise Reject("fetch_failed", "fetch", str(e)) from e
+    except Exception as e:
+        if not isinstance(e, OSError | ValueError | EOFError) and not _is_client_error(e):
+            raise
+        raise Reject("fetch_failed", "fetch", f"{shown}: {_cause(e)}") from e
+    if not content:
+        raise Reject("empty", "fetch", f"{shown}: no bytes")
+    if len(content) > MAX_IMAGE_BYTES:
+        raise Reject("too_large", "fetch", f"{shown}: more than {MAX_IMAGE_BYTES} bytes")
+    return content
+
+
+def _read_bounded(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+    """All bytes, or one more than `MAX_IMAGE_BYTES`, whatever size the server claims."""
+    # HTTP as a plain stream: one request, no HEAD before it. `size` is only looked at to be there.
+    timeout = aiohttp.ClientTimeout(total=FETCH_TIMEOUT_S)
+    options: dict[str, Any] = {"block_size": 0, "size": 1, "timeout": timeout} if path.startswith("http") else {}
+    parts, wanted = list[bytes](), MAX_IMAGE_BYTES + 1
+    with cast(BinaryIO, fs.open(path, "rb", **options)) as file:
+        while wanted > 0 and (part := file.read(wanted)):
+            parts.append(part)
+            wanted -= len(part)
+    return b"".join(parts)
+
+
+def _is_client_error(e: Exception) -> bool:
+    return type(e).__module__.partition(".")[0] in CLIENT_MODULES
+
+
+def _may_pass(e: Exception) -> bool:
+    status = getattr(e, "status", None)
+    if isinstance(status, int) and status:
+        return status in (408, 425, 429) or status >= 500
+    return isinstance(e, ConnectionError) or (_is_client_error(e) and not isinstance(e, ValueError | TimeoutError))
+
+
+def _cause(e: Exception) -> str:
+    """What went wrong, without the client's own words: they hold the URL with its query."""
+    if isinstance(e, FileNotFoundError):
+        return "not found"
+    status = getattr(e, "status", None)
+    if isinstance(status, int) and status:
+        return f"HTTP {status}"
+    return f"{type(e).__name__} {getattr(e, 'strerror', None) or ''}".strip()

@@ -1,0 +1,209 @@
+"""A Parquet file as rows of key, label and image (or its address).
+
+A page or row group that cannot be read costs its own rows: their number is known from the footer, so each becomes a
+row with a `Reject`, and the next row group goes on. Only a footer that cannot be read costs the file, one row `#end`.
+Errors of the store below pass through as they are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.columns import Columns, Found, find_columns
+from pipeline.errors import Reject, UsageError
+
+BATCH_ROWS = 32
+BATCH_BYTES = 32 * 2**20  # fewer rows at a time where they are large
+READ_BYTES = 2**20  # of a column at a time: a row group is never held whole
+MAGIC = b"PAR1"
+INT32 = range(-(2**31), 2**31)  # what the output's label column holds
+
+
+@dataclass(slots=True)
+class Row:
+    key: str
+    image: bytes | None = None
+    url: str | None = None
+    label: int | None = None
+    reject: Reject | None = None
+
+
+def read_schema(raw: BinaryIO) -> pa.Schema | None:
+    """The columns as the footer names them; None where there is no footer to read."""
+    source = _Source(raw)
+    try:
+        return pq.ParquetFile(source).schema_arrow
+    except (pa.ArrowException, OSError):
+        source.raise_own()
+        return None
+
+
+def read_rows(raw: BinaryIO, size: int, columns: Columns, images: bool = True) -> Iterator[Row]:
+    """Every row in order. Without `images` only their keys are read: the same ones."""
+    source = _Source(raw)
+    try:
+        file = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True)
+        schema, groups = file.schema_arrow, [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+        _check_counts(file.metadata, groups)
+    except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as e:
+        source.raise_own()
+        yield Row("#end", reject=_unreadable(raw, size, e))
+        return
+    try:
+        found, refused = find_columns(schema, columns), None
+    except UsageError as e:  # the first shard had them: this one is the odd one out
+        found, refused = Found(None, None, None, None), Reject("missing_image", "read", str(e))
+    start = 0
+    for g, group in enumerate(groups):
+        keys = _column(source, file, g, found.key)
+        rows = (Row(_key(found.key, keys, i, start + i), reject=refused) for i in range(group.num_rows))
+        if images and refused is None:
+            yield from _with_images(source, file, g, found, rows)
+        else:
+            yield from rows
+        start += group.num_rows
+
+
+def _check_counts(footer: pq.FileMetaData, groups: list[pq.RowGroupMetaData]) -> None:
+    """A damaged footer may promise any number of rows; each would become a reject."""
+    counts = [group.num_rows for group in groups]
+    flat = [i for i in range(footer.num_columns) if footer.schema.column(i).max_repetition_level == 0]
+    values = [{group.column(i).num_values for i in flat} | {group.num_rows} for group in groups]
+    if sum(counts) != footer.num_rows or any(len(v) > 1 for v in values) or min(counts, default=0) < 0:
+        raise pa.ArrowInvalid("the footer's counts of rows contradict each other")
+
+
+def _unreadable(raw: BinaryIO, size: int, e: Exception) -> Reject:
+    if size == 0:
+        return Reject("empty", "read", "the file holds no bytes, not even Parquet's footer")
+    ends = []
+    for at in (0, max(0, size - len(MAGIC))):
+        raw.seek(at)
+        ends.append(raw.read(len(MAGIC)))
+    if ends[0] == MAGIC and ends[1] != MAGIC:
+        return Reject("truncated", "read", f"the file ends at byte {size} without Parquet's footer: all rows lost")
+    return Reject("corrupt", "read", f"no Parquet footer that can be read: all rows lost ({e})")
+
+
+def _column(source: "_Source", file: pq.ParquetFile, group: int, name: str | None) -> pa.ChunkedArray | None:
+    """A small column of a row group as Arrow holds it; None where it cannot be read."""
+    if name is None:
+        return None
+    try:
+        column = file.read_row_group(group, columns=[name], use_threads=False).column(name)
+    except (pa.ArrowException, OSError):
+        source.raise_own()
+        return None
+    return column if len(column) == file.metadata.row_group(group).num_rows else None
+
+
+def _value(column: pa.ChunkedArray | None, i: int) -> Any:
+    """None too for a text that is no UTF-8."""
+    try:
+        return None if column is None else column[i].as_py()
+    except UnicodeDecodeError:
+        return None
+
+
+def _key(name: str | None, keys: pa.ChunkedArray | None, i: int, row: int) -> str:
+    if name is None:
+        return str(row)
+    key = _value(keys, i)
+    return f"#{row}" if key in (None, "") else str(key)
+
+
+def _with_images(
+    source: "_Source", file: pq.ParquetFile, group: int, found: Found, rows: Iterator[Row]
+) -> Iterator[Row]:
+    labels = _column(source, file, group, found.label)
+    values = _urls(source, file, group, found.uri) if found.uri else _images(source, file, group, found.image)
+    i, problem = 0, "fewer values than rows"
+    try:
+        # The values first: zip takes from its second only where the first had one.
+        for (value, lack), row in zip(values, rows, strict=False):
+            label = _value(labels, i)
+            row.label = label if label in INT32 else None
+            if lack:
+                row.reject = Reject("missing_image", "read", lack)
+            elif found.uri:
+                row.url = value
+            else:
+                row.image = value
+            yield row
+            i += 1
+    except (pa.ArrowException, OSError) as e:
+        source.raise_own()
+        problem = str(e)
+    for row in rows:
+        row.reject = Reject("corrupt", "read", f"row group {group} cannot be read from its row {i} on ({problem})")
+        yield row
+
+
+def _urls(source: "_Source", file: pq.ParquetFile, group: int, name: str) -> Iterator[tuple[Any, str]]:
+    column = _column(source, file, group, name)
+    if column is None:
+        raise pa.ArrowInvalid(f"column {name}")
+    for i in range(len(column)):
+        url = (_value(column, i) or "").strip()
+        yield url, "" if url else f"column {name} holds no URL"
+
+
+def _images(source: "_Source", file: pq.ParquetFile, group: int, name: str | None) -> Iterator[tuple[Any, str]]:
+    footer = file.metadata.row_group(group)
+    count = max(1, min(BATCH_ROWS, BATCH_BYTES * footer.num_rows // max(1, footer.total_byte_size)))
+    for batch in file.iter_batches(count, row_groups=[group], columns=[name], use_threads=False):
+        for value in batch.column(name):
+            path = None
+            if isinstance(value, pa.StructScalar) and value.is_valid:
+                path = value["path"].as_py() if "path" in value else None
+                value = value["bytes"]
+            lack = "" if value.is_valid else f"column {name} is null"
+            if lack and path:
+                lack = f"column {name} names {path!r} and does not hold its bytes"
+            yield value.as_py(), lack
+
+
+class _Source:
+    """`raw` as pyarrow wants it, noting the store's errors: pyarrow's own are OSErrors as well.
+
+    A raw stream may give less than it was asked for; to pyarrow that would be the end of the file.
+    """
+
+    closed = False
+
+    def __init__(self, raw: BinaryIO):
+        self._raw = raw
+        self._error: Exception | None = None
+
+    def raise_own(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._raw.seek(offset, whence)
+
+    def read(self, count: int = -1) -> bytes:
+        parts = list[bytes]()
+        try:
+            while count and (part := self._raw.read(count)):
+                parts.append(part)
+                count -= len(part) if count > 0 else 0
+        except Exception as e:
+            self._error = e
+            raise
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,344 @@
+"""What is done, what is committed, what may be deleted.
+
+A shard is done when its embeddings file lies under the name that (set, shard, input etag) gives; nothing else is
+remembered. A version is a numbered JSON, put create-only, that names a Parquet list of files of one set. Readers read
+versions, never listings.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.listing import Shard
+from pipeline.rows import PREFIX, Counts, ShardWriter
+from pipeline.storage import Root, digest
+
+OURS = {"sets", "versions", "reports", "index", ".tmp"}  # what may lie in an output root
+KINDS = ("embeddings", "rejects")
+FOOTERS_AT_ONCE = 32
+OLD_SCRATCH_S = 3600  # local files of writers that were killed; none lives for an hour unfinished
+COMMIT_TRIES = 20  # each lost race means that another driver committed
+
+FILES = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("etag", pa.string()),
+        ("embeddings", pa.string()),
+        ("embeddings_bytes", pa.int64()),
+        ("rejects", pa.string()),
+        ("rejects_bytes", pa.int64()),
+        ("samples", pa.int64()),
+        ("rows", pa.int64()),
+        ("rejected", pa.int64()),
+        ("counts", pa.string()),  # JSON of pipeline.rows.Counts
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """One shard's published files; paths below the output root."""
+
+    shard: str
+    etag: str
+    embeddings: str
+    embeddings_bytes: int
+    rejects: str
+    rejects_bytes: int
+    counts: Counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One committed version, as its JSON says."""
+
+    version: int
+    set: str
+    files: str  # the Parquet list, below the output root
+    shards: int
+    samples: int
+    rows: int
+    rejects: dict[str, int]
+    created: str
+    removed: list[str] = field(default_factory=list)  # shards of the version before that are gone from the input
+
+
+def embeddings_name(folder: str, shard: str, etag: str) -> str:
+    return f"{folder}/embeddings/{shard}-{etag}.parquet"
+
+
+def rejects_name(folder: str, shard: str, etag: str) -> str:
+    return f"{folder}/rejects/{shard}-{etag}.parquet"
+
+
+# one shard
+
+
+def publish(root: Root, folder: str, shard: Shard, writer: ShardWriter) -> tuple[ShardFiles, bool]:
+    """Puts rejects, then embeddings, create-only; returns the published files and whether they are this writer's.
+
+    The embeddings file is the commit of the shard and names its rejects file. Where an unfinished attempt left other
+    rejects under the usual name (a URL that failed then and not now), ours get a name of their own.
+    """
+    rejects = rejects_name(folder, shard.name, shard.etag)
+    rejects_bytes = writer.finish_rejects().stat().st_size
+    if not root.put_new(rejects, writer.rejects_path) and _reject_ids(root, rejects) != writer.reject_ids():
+        rejects = rejects_name(folder, shard.name, f"{shard.etag}-{digest(*writer.reject_ids())}")
+        root.put_new(rejects, writer.finish_rejects())
+    local = writer.finish_embeddings(rejects)
+    embeddings, embeddings_bytes = embeddings_name(folder, shard.name, shard.etag), local.stat().st_size
+    if root.put_new(embeddings, local):
+        return (
+            ShardFiles(shard.name, shard.etag, embeddings, embeddings_bytes, rejects, rejects_bytes, writer.counts),
+            True,
+        )
+    files = published(root, folder, shard)
+    if files is None:
+        raise StorageError(f"{embeddings} was there and is gone: something else deletes in this output")
+    return files, False
+
+
+def _reject_ids(root: Root, name: str) -> list[str]:
+    with root.open(name) as f:
+        return [str(i) for i in pq.read_table(f, columns=["id"])["id"].to_pylist()]
+
+
+def published(root: Root, folder: str, shard: Shard) -> ShardFiles | None:
+    """The shard's files if they are there; reads no more than a footer."""
+    try:
+        return read_files(root, embeddings_name(folder, shard.name, shard.etag))
+    except FileNotFoundError:
+        return None
+
+
+def read_files(root: Root, embeddings: str) -> ShardFiles:
+    """What a published embeddings file says of itself and of its rejects file."""
+    with root.open(embeddings) as f:
+        size = f.seek(0, 2)
+        metadata = pq.read_metadata(f)
+    ours = {k.decode().removeprefix(PREFIX): v.decode() for k, v in (metadata.metadata or {}).items()}
+    try:
+        counts = Counts(**json.loads(ours["counts"]))
+        if counts.rows != metadata.num_rows:
+            raise StorageError(f"{embeddings} holds {metadata.num_rows} rows, its metadata says {counts.rows}")
+        rejects = ours["rejects_file"]
+        with root.open(rejects) as f:
+            rejects_bytes = f.seek(0, 2)
+        return ShardFiles(ours["shard"], ours["input_etag"], embeddings, size, rejects, rejects_bytes, counts)
+    except KeyError as e:
+        raise StorageError(f"{embeddings} is no file of ours: its metadata lacks {e}") from e
+
+
+# the output
+
+
+def open_output(url: str) -> Root:
+    """The output root. Raises `UsageError` where it is a file or holds other things."""
+    root = Root(url)
+    try:
+        strangers = [name for name in root.top() if name not in OURS]
+    except NotADirectoryError:
+        raise UsageError(f"output {root.url} is a file: name a folder") from None
+    except (PermissionError, StorageError) as e:
+        raise UsageError(f"output {root.url} cannot be listed: {e}") from e
+    if strangers:
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        raise UsageError(f"output {root.url} holds other things ({', '.join(strangers[:3])}{more}): choose another")
+    return root
+
+
+def existing_output(url: str) -> Root:
+    """An output that some run has written. Raises `UsageError` otherwise."""
+    root = open_output(url)
+    if not root.top():
+        raise UsageError(f"{root.url} holds no output of ours: run `shard2vec embed --output {root.url}` first")
+    return root
+
+
+def create_set(root: Root, folder: str, description: dict[str, Any]) -> None:
+    """Puts set.json, the first thing a run writes. Raises `UsageError` where writing is not allowed."""
+    content = json.dumps(description, indent=1, sort_keys=True).encode()
+    try:
+        if not root.put_new(f"{folder}/set.json", content) and root.read(f"{folder}/set.json") != content:
+            raise UsageError(f"{root.at(folder)}/set.json describes another set: the output was altered")
+    except (OSError, StorageError) as e:
+        raise UsageError(f"output {root.url} cannot be written: {e}") from e
+
+
+def done(root: Root, folder: str) -> dict[str, int]:
+    """Path → bytes of the embeddings files of a set, from one listing."""
+    return {n: size for n, size in root.list(f"{folder}/embeddings").items() if n.endswith(".parquet")}
+
+
+# versions
+
+
+def numbers(root: Root) -> list[int]:
+    """The committed versions' numbers, oldest first."""
+    names = (name.removeprefix("versions/").removesuffix(".json") for name in root.list("versions"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_version(root: Root, number: int | None = None) -> Version | None:
+    """A version, the current one by default; None where there is none yet. Raises `UsageError` for an unknown one."""
+    known = numbers(root)
+    if number is None:
+        if not known:
+            return None
+        number = known[-1]
+    elif number not in known:
+        raise UsageError(f"{root.url} has no version {number}: it has {', '.join(map(str, known)) or 'none'}")
+    return Version(**json.loads(root.read(_version_name(number))))
+
+
+def current(root: Root, number: int | None = None) -> Version:
+    """Like `read_version`, and a `UsageError` where nothing was committed yet."""
+    version = read_version(root, number)
+    if version is None:
+        raise UsageError(f"{root.url} has no committed version yet: run the same `embed` again to finish it")
+    return version
+
+
+def read_list(root: Root, version: Version) -> list[ShardFiles]:
+    """The files of a version, by shard."""
+    rows = pq.read_table(BytesIO(root.read(version.files))).to_pylist()
+    return [
+        ShardFiles(
+            *(row[name] for name in ("shard", "etag", "embeddings", "embeddings_bytes", "rejects", "rejects_bytes")),
+            counts=Counts(**json.loads(row["counts"])),
+        )
+        for row in rows
+    ]
+
+
+def collect(root: Root, folder: str, shards: Sequence[Shard], known: dict[str, ShardFiles]) -> list[ShardFiles]:
+    """The files of every shard of the listing, in its order, each seen in a fresh listing of the output.
+
+    `known`: embeddings path → files, from receipts and the version before; the rest is read from footers.
+    Raises `StorageError` naming a shard that has no files.
+    """
+    there = root.list(f"{folder}/embeddings") | root.list(f"{folder}/rejects")
+    names = [embeddings_name(folder, s.name, s.etag) for s in shards]
+    absent = [s.name for s, name in zip(shards, names, strict=True) if name not in there]
+    if absent:
+        raise StorageError(f"{len(absent)} of {len(shards)} shards have no output yet, among them {absent[0]}")
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        found = list(pool.map(lambda name: known.get(name) or read_files(root, name), names))
+    for files in found:
+        counts = files.counts
+        if files.rejects not in there:
+            raise StorageError(f"shard {files.shard}: its rejects file {files.rejects} is gone")
+        if counts.samples != counts.rows + counts.rejected:
+            raise StorageError(f"shard {files.shard}: {counts.samples} samples, {counts.rows} rows, {counts.rejects}")
+    return found
+
+
+def totals(files: Sequence[ShardFiles]) -> Counts:
+    total = Counts()
+    for f in files:
+        total.add(f.counts)
+    return total
+
+
+def commit(root: Root, set_name: str, files: Sequence[ShardFiles]) -> Version:
+    """Makes the files the current version, unless they already are; the version appears by one create-only write."""
+    table = pa.Table.from_pylist([_row(f) for f in files], schema=FILES)
+    buffer = BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    list_name = f"versions/files-{digest(set_name, *(r['embeddings'] for r in table.to_pylist()))}.parquet"
+    total = totals(files)
+    for _ in range(COMMIT_TRIES):
+        before = read_version(root)
+        if before is not None and before.set == set_name and before.files == list_name:
+            return before
+        root.put_new(list_name, buffer.getvalue())
+        version = Version(
+            version=before.version + 1 if before else 1,
+            set=set_name,
+            files=list_name,
+            shards=len(files),
+            samples=total.samples,
+            rows=total.rows,
+            rejects=dict(sorted(total.rejects.items())),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            removed=removed(root, before, set_name, {f.shard for f in files}),
+        )
+        content = json.dumps(asdict(version), indent=1).encode()
+        if root.put_new(_version_name(version.version), content):
+            return version
+    raise StorageError(f"lost the race for a version number {COMMIT_TRIES} times: too many drivers on {root.url}")
+
+
+def removed(root: Root, before: Version | None, set_name: str, shards: set[str]) -> list[str]:
+    """The shards of the version before that are not in the input any more; none where it was of another set."""
+    if before is None or before.set != set_name:
+        return []
+    return sorted(f.shard for f in read_list(root, before) if f.shard not in shards)
+
+
+def _row(f: ShardFiles) -> dict[str, Any]:
+    counts = {"samples": f.counts.samples, "rows": f.counts.rows, "rejected": f.counts.rejected}
+    return asdict(f) | counts | {"counts": json.dumps(asdict(f.counts))}
+
+
+def _version_name(number: int) -> str:
+    return f"versions/{number:08d}.json"
+
+
+# readers
+
+
+def files(url: str, *, kind: str = "embeddings", version: int | None = None) -> list[str]:
+    """The URLs of a version's files of one kind, ready for any Parquet reader."""
+    if kind not in KINDS:
+        raise UsageError(f"--kind {kind}: choose one of {', '.join(KINDS)}")
+    root = existing_output(url)
+    names = (getattr(f, kind) for f in read_list(root, current(root, version)))
+    return [f"{root.url}/{name}" for name in names]
+
+
+def open_dataset(url: str, *, kind: str = "embeddings", version: int | None = None) -> ds.Dataset:
+    """A pyarrow dataset of one version (the current one by default): one set, whole files, each row once."""
+    root = existing_output(url)
+    listed = read_list(root, current(root, version))
+    paths = [root.at(getattr(f, kind)) for f in listed]
+    return ds.dataset(paths, format="parquet", filesystem=root.fs)
+
+
+# clean-up
+
+
+def collect_garbage(root: Root, keep: int, live_sets: set[str]) -> list[str]:
+    """Deletes what none of the last `keep` versions names; returns the names of what went.
+
+    A set in `live_sets` (a run is writing it) keeps the shards that no version names yet. Old versions go first, so
+    no reader finds a version whose files are gone.
+    """
+    known = numbers(root)
+    kept, dropped = known[-keep:], known[:-keep]
+    committed = [(v, read_list(root, v)) for v in map(lambda n: current(root, n), known)]
+    named = {name for v, listed in committed if v.version in kept for f in listed for name in (f.embeddings, f.rejects)}
+    named |= {v.files for v, _ in committed if v.version in kept} | {_version_name(n) for n in kept}
+    ever = {name for _, listed in committed for f in listed for name in (f.embeddings, f.rejects)}
+    sets = {v.set for v, _ in committed if v.version in kept} | live_sets
+    garbage = [_version_name(n) for n in dropped]
+    for name in (*root.list("versions"), *root.list("sets")):
+        set_name = name.split("/")[1]
+        is_description = name.endswith("/set.json") and set_name in sets
+        is_under_way = set_name in live_sets and name not in ever
+        is_version = name.startswith("versions/") and name.endswith(".json")
+        if not (name in named or is_description or is_under_way or is_version):
+            garbage.append(name)
+    for name in garbage:
+        root.delete(name)
+    root.clear_scratch(OLD_SCRATCH_S)
+    return garbage

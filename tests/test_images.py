@@ -1,0 +1,475 @@
+"""`pipeline.images`: timm and Pillow are the oracle; whatever strangers send gives pixels or a reject."""
+
+import io
+import json
+import multiprocessing
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageOps
+from timm.data import create_transform, resolve_data_config
+
+from pipeline import images
+from pipeline.errors import REASONS, Reject, UsageError
+from pipeline.images import Decoded, Decoder, Preprocessing, float_levels, to_rgb
+from tests import pictures
+
+SEEDS = [f"pit_{size}{kind}_224" for size in ("ti", "xs", "s", "b") for kind in ("", "_distilled")] + [
+    "vit_pwee_patch16_reg1_gap_256.sbb_in1k",
+    "convit_base.fb_in1k",
+    "beit_base_patch16_224.in22k_ft_in22k_in1k",
+]
+OTHERS = {
+    "coat_lite_medium_384.in1k": "squash",
+    "deepseek_vit_412m.deepseek_v4_flash_vision_exp": "border",
+    "vit_base_patch16_sapiens2.fb": "squash",  # 1024x768, bilinear
+    "cspdarknet53.ra_in1k": "center",  # bilinear
+}
+SIZES = [(500, 375), (375, 500), (224, 224), (1000, 80), (33, 47), (1, 1), (7, 640)]
+
+
+def data_config(model: str) -> dict[str, Any]:
+    cfg = timm.get_pretrained_cfg(model)
+    assert cfg is not None
+    return resolve_data_config({}, pretrained_cfg=cfg.to_dict())
+
+
+def decoder(model: str = "pit_s_224", *, exif_orientation: bool = True) -> Decoder:
+    return Decoder(Preprocessing.of(data_config(model)), exif_orientation=exif_orientation)
+
+
+def reject(data: bytes) -> Reject:
+    with pytest.raises(Reject) as caught:
+        decoder()(data)
+    return caught.value
+
+
+def normalised(pixels: np.ndarray, config: dict[str, Any]) -> torch.Tensor:
+    """The model's input, as the forward pass makes it from the pixels."""
+    mean, std = (torch.tensor(config[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
+    return torch.from_numpy(pixels).float().div(255).sub(mean).div(std)
+
+
+def oracle(image: Image.Image, config: dict[str, Any]) -> torch.Tensor:
+    tensor = create_transform(**config)(image)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+# Bit-equality with timm
+
+
+@pytest.mark.parametrize("model", SEEDS + list(OTHERS))
+def test_pixels_normalised_are_bit_equal_to_timms_own_transform(model: str) -> None:
+    """For every seed model and every crop mode, at every size and shape."""
+    config = data_config(model)
+    assert config["crop_mode"] == OTHERS.get(model, "center")
+    decode = Decoder(Preprocessing.of(config))
+    for seed, (width, height) in enumerate(SIZES):
+        data = pictures.jpeg(width, height, seed)
+        got = decode(data)
+        assert got.pixels.dtype == np.uint8
+        assert got.pixels.shape == config["input_size"]
+        assert got.pixels.flags.c_contiguous
+        assert (got.width, got.height) == (width, height)
+        expected = oracle(Image.open(io.BytesIO(data)).convert("RGB"), config)
+        assert torch.equal(normalised(got.pixels, config), expected)
+
+
+def test_eight_threads_give_the_same_bits() -> None:
+    """One decoder, called from eight threads at once."""
+    decode = decoder()
+    data = [pictures.jpeg(200 + seed, 150, seed) for seed in range(16)] + list(pictures.sound().values())
+    expected = [decode(one).pixels for one in data]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(3):
+            got = list(threads.map(decode, data))
+            assert all(np.array_equal(a.pixels, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_spawned_process_gives_the_same_bits() -> None:
+    """A decoder that travelled to another process still decodes, silences and rejects."""
+    decode = decoder(exif_orientation=False)
+    data = [pictures.sound()[name] for name in ("jpeg_turned", "png_palette_transparency", "webp", "tiff_turned")]
+    with multiprocessing.get_context("spawn").Pool(2) as processes:
+        got = processes.map(decode, data)
+    assert all(isinstance(one, Decoded) for one in got)
+    assert all(np.array_equal(one.pixels, decode(same).pixels) for one, same in zip(got, data, strict=True))
+
+
+def test_a_pickled_decoder_keeps_its_settings() -> None:
+    """Preprocessing and orientation survive."""
+    decode = decoder("coat_lite_medium_384.in1k", exif_orientation=False)
+    again = pickle.loads(pickle.dumps(decode))
+    assert (again.preprocessing, again.exif_orientation) == (decode.preprocessing, False)
+
+
+# Preprocessing
+
+
+def test_preprocessing_is_hashable_frozen_and_survives_json() -> None:
+    """What goes into a set's JSON comes back equal."""
+    made = Preprocessing.of(data_config("pit_b_224"))
+    assert made == Preprocessing(
+        input_size=(3, 224, 224),
+        crop_pct=0.9,
+        crop_mode="center",
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+    assert Preprocessing.of(json.loads(json.dumps(asdict(made)))) == made
+    assert len({made, Preprocessing.of(data_config("pit_s_224"))}) == 1
+    with pytest.raises(FrozenInstanceError):
+        made.crop_pct = 1.0  # type: ignore[misc]
+
+
+def test_a_model_of_other_than_three_channels_is_refused() -> None:
+    """The message says how many it takes."""
+    with pytest.raises(UsageError, match="1 channels"):
+        Preprocessing.of(data_config("pit_b_224") | {"input_size": (1, 224, 224)})
+
+
+# Odd but decodable
+
+
+@pytest.mark.parametrize("name", sorted(pictures.sound()))
+def test_every_decodable_oddity_equals_pillows_upright_rgb(name: str) -> None:
+    """Alpha, palettes, CMYK, LAB, 1 bit, animations (frame 0): as `exif_transpose(…).convert("RGB")` gives them."""
+    data = pictures.sound()[name]
+    config = data_config("pit_s_224")
+    got = decoder()(data)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert (got.width, got.height) == upright.size
+    if upright.mode in ("I;16", "F"):
+        levels = np.asarray(upright) >> 8 if upright.mode == "I;16" else np.rint(np.asarray(upright) * 255)
+        upright = Image.fromarray(levels.astype(np.uint8))
+    assert torch.equal(normalised(got.pixels, config), oracle(upright.convert("RGB"), config))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
+def test_orientation_is_applied_or_left_as_asked(form: str, orientation: int) -> None:
+    """All eight, in every format that carries EXIF. TIFFs too, which Pillow itself turns while loading."""
+    picture = pictures.photo(60, 40)
+    more: dict[str, Any] = {"save_all": True, "append_images": [picture]} if form == "MPO" else {}
+    data = pictures.encoded(picture, form, exif=pictures.oriented(orientation), **more)
+    stored = Image.open(io.BytesIO(pictures.encoded(picture, form, **more))).convert("RGB")
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert upright.size == ((60, 40) if orientation < 5 else (40, 60))
+    turned, left = decoder(), decoder(exif_orientation=False)
+    assert np.array_equal(turned(data).pixels, turned.transform(upright).numpy())
+    assert np.array_equal(left(data).pixels, left.transform(stored).numpy())
+    assert left(data)[1:] == (60, 40)
+
+
+def test_orientation_behind_the_pixels_and_in_xmp_is_found() -> None:
+    """A PNG may carry its EXIF block after the image data; XMP counts where EXIF is silent."""
+    whole = pictures.png(60, 40)
+    late = pictures.png_chunk(b"eXIf", pictures.oriented(6).tobytes()[6:])
+    assert decoder()(whole[:-12] + late + whole[-12:])[1:] == (40, 60)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+    assert decoder()(pictures.jpeg(60, 40, xmp=xmp))[1:] == (40, 60)
+
+
+def test_a_damaged_exif_block_does_not_cost_the_sample() -> None:
+    """The image is left as stored, also where `exif_transpose` itself raises."""
+    whole = pictures.encoded(pictures.photo(60, 40), "WEBP", exif=pictures.oriented(6))
+    data = whole.replace(b"MM\0*\0\0\0\x08", b"M?\0*\0\0\0\x08")
+    with pytest.raises(SyntaxError):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    plain = pictures.encoded(pictures.photo(60, 40), "WEBP")
+    assert np.array_equal(decoder()(data).pixels, decoder()(plain).pixels)
+
+
+def test_random_damage_to_exif_never_costs_a_jpeg() -> None:
+    """300 damaged blocks of text, GPS and sub-directories: each a row, and as `exif_transpose` has it where it can."""
+    exif = pictures.oriented(6)
+    exif[ExifTags.Base.Make] = "maker"
+    exif[ExifTags.IFD.Exif] = {0x9000: b"0230", 0x9286: b"comment" * 3}
+    exif[ExifTags.IFD.GPSInfo] = {1: "N", 2: (1.0, 2.0, 3.0)}
+    whole = pictures.jpeg(60, 40, exif=exif)
+    start, stop = whole.index(b"Exif\0\0") + 6, whole.index(b"comment" * 3) + 40
+    chance, decode = random.Random(7), decoder()
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(start, stop)] = chance.randrange(256)
+        got = decode(bytes(data))
+        try:
+            upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        except Exception:  # the oracle rewrites the block, and fails at it in a dozen ways
+            continue
+        assert np.array_equal(got.pixels, decode.transform(upright).numpy())
+
+
+def test_colours_under_alpha_are_kept() -> None:
+    """A fully transparent red is red, as `convert("RGB")` has it, and not black or white."""
+    assert decoder()(pictures.encoded(Image.new("RGBA", (20, 20), (250, 3, 7, 0)), "PNG")).pixels[:, 9, 9].tolist() == [
+        250,
+        3,
+        7,
+    ]
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_an_animation_gives_its_first_frame(form: str) -> None:
+    """And that frame is the still image of the same pixels."""
+    still = pictures.encoded(pictures.photo(60, 40), form)
+    assert np.array_equal(decoder()(pictures.animation(form)).pixels, decoder()(still).pixels)
+
+
+def test_an_animation_of_100_000_frames_costs_one_frame() -> None:
+    """Frames are not walked: 100,000 cost about what one does."""
+    decode, data = decoder(), pictures.endless_gif(100_000)
+    decode(data)
+    start = time.perf_counter()
+    decode(data)
+    assert time.perf_counter() - start < 0.5
+
+
+# 16-bit, integer and float
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
+def test_sixteen_bit_levels_lose_their_low_byte(mode: str) -> None:
+    """Whatever the byte order: 0x1234 becomes 0x12, where Pillow would clip at 255."""
+    levels = np.array([[0, 255, 256, 0x1234, 65535]], np.uint16)
+    stored = levels.astype(">u2" if mode.endswith("B") else "<u2").tobytes()
+    image = Image.frombuffer(mode, (5, 1), stored, "raw", mode, 0, 1)
+    assert np.asarray(to_rgb(image)).tolist() == [[[0] * 3, [0] * 3, [1] * 3, [0x12] * 3, [255] * 3]]
+
+
+def test_integer_images_are_scaled_and_clipped() -> None:
+    """A 16-bit PGM opens as 32-bit integers: its levels lose their low byte; what lies beyond is clipped."""
+    image = Image.open(io.BytesIO(b"P5 3 1 65535\n\x12\x34\xff\xff\0\xff"))
+    assert image.mode == "I"
+    assert np.asarray(to_rgb(image))[0, :, 1].tolist() == [0x12, 255, 0]
+    beyond = Image.fromarray(np.array([[-5, 2**31 - 1, 65536, 65535]], np.int32))
+    assert np.asarray(to_rgb(beyond))[0, :, 0].tolist() == [0, 255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 0.5, 1, -3], [0, 128, 255, 0]),
+        ([0, 1.5, 254.6, 255, -1], [0, 2, 255, 255, 0]),
+        ([256, 1000, 65535, 128], [1, 4, 255, 0]),
+        ([1e9, -1e9], [255, 0]),
+        ([np.nan, np.inf, -np.inf, 0.25], [0, 255, 0, 64]),
+        ([np.nan, np.inf, 100], [0, 255, 100]),
+        ([np.nan, np.nan], [0, 0]),
+        ([-2, -1], [0, 0]),
+    ],
+)
+def test_float_images_are_scaled_by_their_largest_finite_value(values: list[float], expected: list[int]) -> None:
+    """0…1, 0…255 and 16-bit levels; not-a-number and negatives are 0, infinity 255."""
+    assert float_levels(np.array([values], np.float32)).tolist() == [expected]
+    assert np.asarray(to_rgb(Image.fromarray(np.array([values], np.float32))))[0, :, 2].tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_every_other_mode_is_pillows_conversion(mode: str) -> None:
+    """Bit-equal to `convert("RGB")`."""
+    image = pictures.photo(20, 10)
+    for step in {"LA": ["LA"], "PA": ["P", "PA"], "RGBa": ["RGBA", "RGBa"]}.get(mode, [mode]):
+        image = image.convert(step)
+    assert image.mode == mode
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(image.convert("RGB")))
+
+
+def test_a_mode_without_a_conversion_is_unsupported() -> None:
+    """The mode is named."""
+    with pytest.raises(Reject, match="La") as caught:
+        to_rgb(Image.new("La", (4, 4)))
+    assert (caught.value.reason, caught.value.stage) == ("unsupported", "decode")
+
+
+# Broken
+
+
+@pytest.mark.parametrize("name", sorted(pictures.broken()))
+def test_every_broken_image_is_rejected_with_its_reason(name: str) -> None:
+    """One line, short, without addresses, stage decode."""
+    reason, data = pictures.broken()[name]
+    got = reject(data)
+    assert (got.reason, got.stage) == (reason, "decode")
+    assert 0 < len(got.message) <= 200
+    assert got.message.isprintable()
+    assert "0x" not in got.message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("html", "HTML, not an image"),
+        ("xml", "XML, not an image"),
+        ("json", "JSON, not an image"),
+        ("text", "text, not an image"),
+        ("zeros", "only zeros, not an image"),
+        ("zip", "a ZIP archive, not an image"),
+        ("noise", "bytes that begin with f8 c2"),
+        ("heic", "HEIC/HEIF"),
+        ("jpeg_xl", "JPEG XL"),
+        ("svg", "SVG"),
+        ("pdf", "PDF"),
+        ("eps", "PostScript"),
+        ("jpeg_12bit", "12-bit"),
+        ("strip", "1000x4 pixels: over 100:1"),
+    ],
+)
+def test_the_message_says_what_it_is(name: str, words: str) -> None:
+    """Somebody who reads the rejects knows where to look."""
+    assert words in reject(pictures.broken()[name][1]).message
+
+
+def test_a_jpeg_cut_anywhere_is_truncated() -> None:
+    """Also inside its header, and where the EXIF block holds a whole thumbnail with its own end marker."""
+    exif = b"Exif\0\0" + b"MM\0*\0\0\0\x08\0\0" + pictures.jpeg(30, 20)
+    data = pictures.jpeg(96, 64, exif=exif)
+    assert decoder()(data)[1:] == (96, 64)
+    assert {reject(data[:size]).reason for size in range(2, len(data) - 40, 61)} == {"truncated"}
+
+
+def test_sizes_over_the_limits_are_refused_before_decoding() -> None:
+    """Pixels above Pillow's own limit, and shapes that the resize would blow up; what is just below is decoded."""
+    assert reject(pictures.png_claiming(13_378, 13_378)).reason == "too_large"
+    assert reject(pictures.png_claiming(65_500, 1)).reason == "too_large"
+    assert reject(pictures.png_claiming(8, 8_000)).reason == "too_large"
+    assert reject(pictures.png_claiming(13_377, 13_377)).reason == "corrupt"  # within: tried, and found without pixels
+    assert decoder()(pictures.png(400, 4))[1:] == (400, 4)
+    assert reject(pictures.png(401, 4)).reason == "too_large"
+
+
+def test_an_icon_that_understates_its_size_is_measured_again() -> None:
+    """Its directory says 16x16, its PNG is a strip: refused after the load, before the resize."""
+    strip = pictures.png(3000, 4)
+    entry = b"\x10\x10\0\0\1\0\x20\0" + len(strip).to_bytes(4, "little") + (22).to_bytes(4, "little")
+    assert reject(b"\0\0\1\0\1\0" + entry + strip).reason == "too_large"
+
+
+def test_large_images_wait_for_each_other_and_small_ones_do_not() -> None:
+    """While one image of over 32 Mpx is decoded, another waits; small images go on."""
+    decode = decoder()
+    large = pictures.encoded(Image.new("1", (8000, 4001)), "PNG")
+    with ThreadPoolExecutor(1) as threads:
+        with images._one_large_image:
+            waiting = threads.submit(decode, large)
+            assert decode(pictures.jpeg(60, 40))[1:] == (60, 40)
+            time.sleep(0.1)
+            assert not waiting.done()
+        assert waiting.result(timeout=30)[1:] == (8000, 4001)
+
+
+def test_a_rejected_large_image_frees_the_way() -> None:
+    """The next large image is decoded."""
+    for _ in range(2):
+        assert reject(pictures.png_claiming(8000, 5000)).reason == "corrupt"
+    assert not images._one_large_image.locked()
+
+
+def test_formats_that_run_programs_or_open_others_are_left_out() -> None:
+    """EPS would run Ghostscript, IPTC opens anything inside; all that remains, this Pillow has."""
+    assert not {"EPS", "IPTC", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"} & set(decoder().formats)
+    assert set(decoder().formats) == set(images.FORMATS)
+
+
+def test_nothing_reaches_stderr() -> None:
+    """Warnings of large images, palette transparency, corrupt EXIF and TIFF tags, in a process of its own."""
+    script = """
+import io, threading
+from PIL import Image
+from pipeline.errors import Reject
+from pipeline.images import Decoder, Preprocessing
+from tests import pictures
+decode = Decoder(Preprocessing(input_size=(3, 32, 32), crop_pct=1.0, crop_mode="center", interpolation="bilinear",
+                               mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+odd = [*pictures.sound().values(), *(data for _, data in pictures.broken().values())]
+odd += [pictures.encoded(Image.new("1", (10_000, 9_000)), "PNG")]
+odd += [data[:at] + b"\\xff" * 4 + data[at + 4:] for data in odd[:30] for at in (12, 60, len(data) // 2)]
+def run():
+    for data in odd:
+        try:
+            decode(data)
+        except Reject:
+            pass
+threads = [threading.Thread(target=run) for _ in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    ran = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
+
+
+# Fuzz
+
+WHOLE = [
+    pictures.sound()[name]
+    for name in ("jpeg_turned", "jpeg_progressive", "png_palette_transparency", "png_grey16", "gif_animated", "webp")
+    + ("webp_animated", "bmp", "tiff_turned", "tiff_lzw", "avif", "ico")
+]
+FUZZED = decoder()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    whole=st.sampled_from(WHOLE),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=6)), max_size=8),
+    keep=st.one_of(st.just(1.0), st.floats(0, 1)),
+)
+def test_damaged_bytes_give_pixels_or_a_reject(whole: bytes, edits: list[tuple[float, bytes]], keep: float) -> None:
+    """Overwritten and cut anywhere: an image of the model's size, or a reject with a reason from the list."""
+    damaged = bytearray(whole)
+    for where, patch in edits:
+        at = int(where * where * len(damaged))  # squared: headers are where it hurts
+        damaged[at : at + len(patch)] = patch
+    try:
+        got = FUZZED(bytes(damaged[: round(keep * len(damaged))]))
+    except Reject as error:
+        assert error.reason in REASONS
+        assert error.stage == "decode"
+        assert 0 < len(error.message) <= 200
+        assert error.message.isprintable()
+    else:
+        assert got.pixels.shape == (3, 224, 224)
+        assert got.pixels.dtype == np.uint8
+        assert got.width > 0
+        assert got.height > 0
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.binary(max_size=200))
+def test_random_bytes_give_a_reject(data: bytes) -> None:
+    """Nothing else is raised."""
+    with pytest.raises(Reject) as caught:
+        FUZZED(data)
+    assert caught.value.reason in REASONS
+
+
+def test_threads_that_race_for_the_first_decode_all_succeed() -> None:
+    """The plugins are there once a decoder is: eight threads start together."""
+    decode, ready, sizes = decoder(), threading.Barrier(8), []
+
+    def first() -> None:
+        ready.wait(timeout=30)
+        sizes.append(decode(pictures.sound()["webp"])[1:])
+
+    threads = [threading.Thread(target=first) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sizes == [(60, 40)] * 8
