@@ -29,7 +29,14 @@ def main() -> None:
     except UsageError as e:
         exits.say(f"shard2vec: {e}")
         sys.exit(exits.USAGE)
-    app(argv)
+    try:
+        app(argv)
+    except SystemExit as e:
+        # Straight out: about one in twenty exits after `import torch` aborted in the interpreter's own teardown
+        # ("terminate called without an active exception"), which turned a committed run into exit code 134.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(e.code if isinstance(e.code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def _text(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list) and value and isinstance(value[0], list):
         return " · ".join(_text(v) for v in value)
-    return "×".join(_text(v) for v in value) if isinstance(value, list) and all(isinstance(v, int) for v in value) else (
-        ", ".join(_text(v) for v in value) if isinstance(value, list) else str(value)
+    return (
+        "×".join(_text(v) for v in value)
+        if isinstance(value, list) and all(isinstance(v, int) for v in value)
+        else (", ".join(_text(v) for v in value) if isinstance(value, list) else str(value))
     )

@@ -9,7 +9,9 @@ from pipeline.errors import UsageError
 
 
 def embed(
-    input: Annotated[list[str] | None, typer.Option(help="A tar, Parquet file, folder, glob or @list; repeatable")] = None,
+    input: Annotated[
+        list[str] | None, typer.Option(help="A tar, Parquet file, folder, glob or @list; repeatable")
+    ] = None,
     output: Annotated[str | None, typer.Option(help="The dataset's root: a folder or any fsspec URL")] = None,
     model: Annotated[str | None, typer.Option(help="Any timm name, hf-hub:… or local-dir:…")] = None,
     format: Annotated[str | None, typer.Option(help="webdataset, parquet or folder [from the name]")] = None,

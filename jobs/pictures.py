@@ -29,7 +29,7 @@ CAPTIONS = {
 BROKEN = ("truncated", "html", "empty", "missing_image", "duplicate_key", "aspect_bomb")
 BROKEN_RATE = 0.02  # of all samples: enough to show rejects in a demo, few enough to stay the exception
 STORED = {1: "rotated", 2: "cmyk", 3: "16bit", 5: "rotated"}  # place in the data set: how that image is stored
-PNG_EVERY = 16  # images
+PNG_EVERY = 17  # images; shares no factor with the usual shard counts, so that every shard gets some
 JPEG_QUALITY = 88
 EXIF_ORIENTATION, EXIF_TURN_RIGHT = 0x0112, 6  # stored a quarter turn to the left, to be shown turned back
 HTML = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>\n"
@@ -43,6 +43,8 @@ PAPER, INK, SOFT, ACCENT = (247, 246, 242), (34, 38, 46), (110, 116, 126), (214,
 
 def photo(look: str, seed: int, width: int, height: int) -> Image.Image:
     """An RGB picture of `look`, one of `LOOKS`; the seed sets colours, horizon, counts and sizes."""
+    if look not in PAINTERS:
+        raise ValueError(f"look {look!r} is none of {', '.join(LOOKS)}")
     rng = np.random.default_rng([LOOKS.index(look), seed])
     field = PAINTERS[look](rng, height, width)
     y, x = grid(height, width)
@@ -57,7 +59,7 @@ def photo(look: str, seed: int, width: int, height: int) -> Image.Image:
 def write_shards(folder: Path, *, images: int = 320, shards: int = 4, seed: int = 0) -> dict[str, object]:
     """Writes `photos-00000.tar` … into `folder`, the same bytes for the same seed.
 
-    Each sample is `<look>_<number>` with `.jpg` or `.png`, `.cls` (the look's place in `LOOKS`) and `.txt` (a caption).
+    Each sample is `<look>_<number>` with `.jpg` or `.png`, and `.txt` (a caption).
     Broken samples come on top of `images`, about 2 in 100 and one of each kind at least.
     Returns `{"images": readable ones, "broken": {kind: count}}`.
     """
@@ -68,10 +70,11 @@ def write_shards(folder: Path, *, images: int = 320, shards: int = 4, seed: int 
     samples = [_sample(look, number, rng) for number, look in enumerate(looks)]
     contents = [samples[shard::shards] for shard in range(shards)]
     broken = [kind for kind in BROKEN for _ in range(max(1, round(images * BROKEN_RATE / len(BROKEN))))]
-    for number, kind in enumerate(broken, start=images):
-        shard = contents[number % shards]
-        sample = _broken_sample(kind, _sample(LOOKS[rng.integers(len(LOOKS))], number, rng), first=shard[0])
-        shard.insert(len(shard) if kind == "duplicate_key" else int(rng.integers(1, len(shard) + 1)), sample)
+    for place, kind in enumerate(broken):
+        shard, twin = contents[place % shards], samples[place if place < images else place % shards]  # of that shard
+        sample = _sample(LOOKS[rng.integers(len(LOOKS))], images + place, rng)
+        at = len(shard) if kind == "duplicate_key" else int(rng.integers(1, len(shard) + 1))
+        shard.insert(at, _broken_sample(kind, sample, twin))
     folder.mkdir(parents=True, exist_ok=True)
     for shard_number, shard in enumerate(contents):
         with tarfile.open(folder / f"photos-{shard_number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -86,7 +89,7 @@ def _sample(look: str, number: int, rng: np.random.Generator) -> Sample:
     image = photo(look, int(rng.integers(2**31)), *SIZES[rng.integers(len(SIZES))])
     name, data = _encode(image, STORED.get(number, "png" if number % PNG_EVERY == PNG_EVERY - 1 else "jpg"))
     key = f"{look}_{number:04d}"
-    return [(f"{key}.{name}", data), (f"{key}.cls", b"%d" % LOOKS.index(look)), (f"{key}.txt", CAPTIONS[look].encode())]
+    return [(f"{key}.{name}", data), (f"{key}.txt", CAPTIONS[look].encode())]
 
 
 def _encode(image: Image.Image, stored: str) -> tuple[str, bytes]:
@@ -107,14 +110,14 @@ def _encode(image: Image.Image, stored: str) -> tuple[str, bytes]:
     return ending, buffer.getvalue()
 
 
-def _broken_sample(kind: str, sample: Sample, first: Sample) -> Sample:
-    """`sample` broken in the way of `kind`; `first` is the shard's first, whose key a `duplicate_key` takes."""
+def _broken_sample(kind: str, sample: Sample, twin: Sample) -> Sample:
+    """`sample` broken in the way of `kind`; `twin` is the one whose key a `duplicate_key` takes."""
     (name, data), *others = sample
     key = name.partition(".")[0]
     if kind == "missing_image":
         return others
     if kind == "duplicate_key":
-        taken = first[0][0].partition(".")[0]
+        taken = twin[0][0].partition(".")[0]
         return [(taken + member.removeprefix(key), content) for member, content in sample]
     if kind == "truncated":
         jpeg = _encode(Image.open(io.BytesIO(data)).convert("RGB"), "jpg")[1]

@@ -6,12 +6,13 @@ picture, so that any size shows the same scene. `jobs.pictures` turns them into 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-Field = npt.NDArray[np.float32]  # (H, W) or (H, W, 3), 0…1 from dark to light
+Field = npt.NDArray[np.floating[Any]]  # float32 but in passing: (H, W) or (H, W, 3), 0…1 from dark to light
 Painter = Callable[[np.random.Generator, int, int], Field]
 
 
@@ -46,7 +47,7 @@ def _forest(rng: np.random.Generator, height: int, width: int) -> Field:
     for layer in range(3):  # far to near: wider, darker, fewer
         near = layer / 2
         leaves = _noise(rng, height, width, 14 - 3 * layer, 18 - 4 * layer)
-        for _ in range(rng.integers(9, 14) - 3 * layer):
+        for _ in range(rng.integers(8, 12) - 2 * layer):
             middle, girth = rng.uniform(0, x.max()), rng.uniform(0.009, 0.016) * (1 + 2.2 * near)
             lean = float(np.clip(rng.normal(0, 0.05), -0.1, 0.1))
             reach = girth + 0.5 * abs(lean)
@@ -130,10 +131,10 @@ def _mountains(rng: np.random.Generator, height: int, width: int) -> Field:
     _cover(field, np.clip(_noise(rng, height, width, 5, 3) * 2.5 - 1.4, 0, 0.7), (1.0, 1.0, 1.0))
     for layer in range(3):
         near = layer / 2
-        peaks = _noise(rng, 1, width, 1, 3 + layer, 6) * (0.42 - 0.1 * layer)
+        peaks = _noise(rng, 1, width, 1, max(2, round((2.3 + 0.75 * layer) * width / height)), 6) * (0.42 - 0.1 * layer)
         top = 0.5 + 0.14 * layer - peaks
         rows = slice(int(top.min() * height), None)
-        relief = _noise(rng, height - int(top.min() * height), width, 4, 7, 5)
+        relief = _noise(rng, height - int(top.min() * height), width, 4, max(2, 5 * width // height), 5)
         lit = 0.55 + np.gradient(relief + 2.5 * peaks, axis=1) * width * 0.11
         snow = (0.6 + 0.06 * layer - y[rows] + (relief - 0.5) * 0.4) * 25
         stone = _ramp(lit, (0.12, 0.14, 0.2), (0.4, 0.4, 0.44))
@@ -262,7 +263,7 @@ def _noise(rng: np.random.Generator, height: int, width: int, rows: int, columns
 def _ramp(at: Field, *colours: npt.ArrayLike) -> Field:
     """`at` (H, W), 0…1, to colours (H, W, 3) between those given."""
     stops = np.linspace(0, 255, len(colours))
-    table = np.stack([np.interp(np.arange(256), stops, band) for band in np.transpose(colours)], axis=1)
+    table = np.stack([np.interp(np.arange(256), stops, band) for band in np.asarray(colours).T], axis=1)
     return table.astype(np.float32).take((np.clip(at, 0, 1) * 255).astype(np.uint8), axis=0)
 
 
@@ -285,7 +286,7 @@ def _canvas(field: Field) -> tuple[ImageDraw.ImageDraw, Image.Image, int]:
     return ImageDraw.Draw(canvas), canvas, canvas.height
 
 
-def _tint(colour: Sequence[float] | npt.NDArray[np.float64], strength: float) -> tuple[int, ...]:
+def _tint(colour: Sequence[float] | Field, strength: float) -> tuple[int, ...]:
     """`colour` times `strength`, as Pillow's drawing takes it: whole numbers up to 255."""
     return tuple(min(int(band * strength), 255) for band in colour)
 

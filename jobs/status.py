@@ -47,7 +47,9 @@ def _look(output: str) -> dict[str, Any]:
         "version": current.version if current else None,
         "current": asdict(current) if current else None,
         "versions": versions.numbers(root),
-        "sets": {name: {"shards_done": n, "current": bool(current and current.set == name)} for name, n in done.items()},
+        "sets": {
+            name: {"shards_done": n, "current": bool(current and current.set == name)} for name, n in done.items()
+        },
         "running": [asdict(r) for r in alive],
         "last_run": asdict(last) | {"state": _state(last, alive)} if last else None,
     }
@@ -63,15 +65,20 @@ def _show(found: dict[str, Any]) -> None:
         rejects = sum(current["rejects"].values())
         reasons = ", ".join(f"{n} {reason}" for reason, n in current["rejects"].items())
         print(f"version {current['version']} of {found['output']}, {current['created']}, set {current['set']}")
-        print(f"  {current['shards']:,} shards, {current['samples']:,} samples: {current['rows']:,} rows, "
-              f"{rejects:,} rejects{f' ({reasons})' if reasons else ''}")
+        print(
+            f"  {current['shards']:,} shards, {current['samples']:,} samples: {current['rows']:,} rows, "
+            f"{rejects:,} rejects{f' ({reasons})' if reasons else ''}"
+        )
     else:
         print(f"{found['output']}: no version is committed yet")
     for name, one in found["sets"].items():
         print(f"set {name}: {one['shards_done']:,} shards done{', current' if one['current'] else ''}")
     for run in found["running"]:
-        print(f"running on {run['host']} (pid {run['pid']}): {run['shards_done'] + run['shards_unchanged']:,} of "
-              f"{run['shards']:,} shards, {run['images']:,} images, {run['images_per_s']:,.0f}/s, {run['rejects']:,} rejected")
+        finished = run["shards_done"] + run["shards_unchanged"]
+        print(
+            f"running on {run['host']} (pid {run['pid']}): {finished:,} of {run['shards']:,} shards, "
+            f"{run['images']:,} images, {run['images_per_s']:,.0f}/s, {run['rejects']:,} rejected"
+        )
     last = found["last_run"]
     if last and not found["running"]:
         ago = round(time.time() - last["updated"])

@@ -3,10 +3,12 @@
 import logging
 import os
 import pickle
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from typing import Any
 # Read when Ray is imported: no telemetry, no token file for a Ray that only this machine sees, no chatter.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
@@ -34,8 +35,20 @@ CALLS_AN_ACTOR = 4  # at least so many, so that the last ones even out
 BOARD_TIMEOUT_S = 5.0
 
 
-def start_ray(gpus: float | None = None) -> None:
-    """A Ray of this machine alone, quiet; one that runs in this process already is used as it is."""
+@contextmanager
+def local_ray() -> Iterator[None]:
+    """A Ray of this machine alone, quiet; one that runs in this process already is used, and left running."""
+    ours = not ray.is_initialized()
+    start_ray()
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def start_ray() -> None:
+    _take_native_stderr()
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\..*")
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
@@ -59,8 +72,18 @@ def start_ray(gpus: float | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def stop_ray() -> None:
-    ray.shutdown()
+def _take_native_stderr() -> None:
+    """Silences Ray's C++ core, which writes to file descriptor 2 past every Python setting.
+
+    `sys.stderr` goes on to where descriptor 2 pointed, so what Python prints is seen as before.
+    """
+    if sys.stderr is not sys.__stderr__ or sys.__stderr__ is None or sys.__stderr__.fileno() != 2:
+        return  # done before, or somebody captures it
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 class Board:
@@ -169,4 +192,3 @@ def embed_on_ray(
     )
     for row in receipts:
         yield pickle.loads(row["receipt"])
-

@@ -35,7 +35,13 @@ class Vectors(NamedTuple):
 
     def to_numpy(self) -> "Arrays":
         """Waits for the device."""
-        return Arrays(*(None if part is None else part.cpu().numpy() for part in self))
+        index, score = self.topk_index, self.topk_score
+        return Arrays(
+            self.embedding.cpu().numpy(),
+            self.norm.cpu().numpy(),
+            None if index is None else index.cpu().numpy(),
+            None if score is None else score.cpu().numpy(),
+        )
 
 
 class Arrays(NamedTuple):
@@ -82,8 +88,13 @@ def facts_of(module: torch.nn.Module, model: str) -> Facts:
     if classes and tuple(logits.shape) != (1, classes):
         raise UsageError(f"model {model} gives logits {tuple(logits.shape)} for its {classes} classes")
     names, source = _label_names(module, classes)
-    pooling = str(getattr(module, "global_pool", None) or "model's own")
-    return Facts(preprocessing, embedding.flatten(1).shape[1], classes, pooling[:40], names, source)
+    return Facts(preprocessing, embedding.flatten(1).shape[1], classes, _pooling(module), names, source)
+
+
+def _pooling(module: torch.nn.Module) -> str:
+    """timm's word for it: avg, token, map …; conv nets keep it in their pooling layer."""
+    pool = getattr(module, "global_pool", None) or getattr(getattr(module, "head", None), "global_pool", None)
+    return str(getattr(pool, "pool_type", None) or (pool if isinstance(pool, str) else "default"))
 
 
 def _label_names(module: torch.nn.Module, classes: int) -> tuple[tuple[str, ...], str]:
@@ -179,9 +190,7 @@ class Backbone:
                 torch.cuda.empty_cache()
                 continue
             start += len(chunk)
-        if len(parts) == 1:
-            return parts[0]
-        return Vectors(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+        return parts[0] if len(parts) == 1 else _joined(parts)
 
     @torch.inference_mode()
     def _forward(self, images: torch.Tensor) -> Vectors:
@@ -241,6 +250,17 @@ def load_backbone(model: str, weights: Path, **settings: Any) -> Backbone:
     from pipeline.weights import load_staged
 
     return Backbone(load_staged(model, weights), **settings)
+
+
+def _joined(parts: list[Vectors]) -> Vectors:
+    index = [p.topk_index for p in parts if p.topk_index is not None]
+    score = [p.topk_score for p in parts if p.topk_score is not None]
+    return Vectors(
+        torch.cat([p.embedding for p in parts]),
+        torch.cat([p.norm for p in parts]),
+        torch.cat(index) if index else None,
+        torch.cat(score) if score else None,
+    )
 
 
 def _float32(body: Any) -> Any:

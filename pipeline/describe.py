@@ -33,9 +33,10 @@ def describe(model_name: str) -> dict[str, Any]:
 
     Returns `model`, `params_m`, `gmacs` (attention's products counted), `activations_m` (outputs of convolutions,
     linear layers and attention's products), `input_size` [C, H, W], `resize` (the shorter side before the crop, or
-    [H, W] where both sides are set), `crop_pct`, `interpolation`, `mean`, `std`, `embedding_dim` (None for an encoder
-    without a head), `classes`, `tokens` (the shape of `forward_features`, its batch of 1 included; a list of shapes
-    where there are several) and `features` ([C, H, W] of each map of `features_only=True`; empty where there is none).
+    the box [H, W] that images are squashed or fitted to), `crop_pct`, `interpolation`, `mean`, `std`,
+    `embedding_dim` (None for an encoder without a head), `classes`, `tokens` (the shape of `forward_features`, its
+    batch of 1 included; a list of shapes where there are several) and `features` ([C, H, W] of each map of
+    `features_only=True`; empty where there is none).
 
     Raises `UsageError` for a name that `check_model_name` refuses and for a model that does not run at its own size.
     """
@@ -84,7 +85,7 @@ def _is_known(name: str) -> bool:
 
 def _nearest_names(name: str) -> list[str]:
     """Up to five: the tags of a known architecture, else names spelled alike."""
-    architecture, _, tag = name.partition(".")
+    architecture = name.partition(".")[0]
     names = timm.list_models() + timm.list_pretrained()
     tags = [known for known in names if known.startswith(f"{architecture}.")]
     return difflib.get_close_matches(name, tags, 5, cutoff=0) or difflib.get_close_matches(name, names, 5)

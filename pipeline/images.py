@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
-from timm.data import create_transform
 
 from pipeline.errors import Reason, Reject, UsageError
 
@@ -116,6 +115,8 @@ class Decoder:
 
     def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True):
         """`exif_orientation`: turn images upright as `PIL.ImageOps.exif_transpose` does; else leave them as stored."""
+        from timm.data import create_transform  # here: it takes seconds, and verbs that only read need none of it
+
         self.preprocessing, self.exif_orientation = preprocessing, exif_orientation
         # use_prefetcher leaves out ToTensor and Normalize, and nothing else.
         self.transform = create_transform(**asdict(preprocessing), is_training=False, use_prefetcher=True)
@@ -197,9 +198,9 @@ def float_levels(values: np.ndarray) -> np.ndarray:
     Up to 1: of 0…1; up to 255: levels; above: 16-bit levels. Not-a-number and negatives give 0, infinity 255.
     """
     top = np.max(values, initial=0, where=np.isfinite(values))
-    values *= 255 if top <= 1 else 1 if top <= 255 else 1 / 256
-    np.nan_to_num(values, copy=False, nan=0, posinf=255, neginf=0)
-    return np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8)
+    scale = 255 if top <= 1 else 1 if top <= 255 else 1 / 256
+    np.clip(np.nan_to_num(values, copy=False), 0, 255 / scale, out=values)
+    return np.rint(values * scale, out=values).astype(np.uint8)
 
 
 def _refuse_large(width: int, height: int) -> None:

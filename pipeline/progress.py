@@ -6,10 +6,11 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -32,13 +33,26 @@ class State:
     state: str = "running"  # running, committed, failed, refused, stalled, interrupted
     shards_unchanged: int = 0
     shards_done: int = 0  # by this run
-    images: int = 0  # by this run, of shards under way too
+    images: int = 0  # rows by this run, of shards under way too
     rejects: int = 0
     images_per_s: float = 0.0
     host: str = field(default_factory=platform.node)
     pid: int = field(default_factory=os.getpid)
     started: float = field(default_factory=time.time)
     updated: float = field(default_factory=time.time)
+
+    def see(self, activities: Iterable[dict[str, Any]]) -> None:
+        """Counts as the actors say them; they may be a second old, so they only ever go up."""
+        activities = list(activities)
+        self.images = max(self.images, sum(a["images"] for a in activities))
+        self.rejects = max(self.rejects, sum(a["rejects"] for a in activities))
+
+    def finish(self, receipts: Sequence[Receipt]) -> None:
+        """Counts as the receipts so far have them: exact for what is finished."""
+        finished = [r.files.counts for r in receipts if r.files and r.embedded]
+        self.shards_done = len(receipts)
+        self.images = max(self.images, sum(c.rows for c in finished))
+        self.rejects = max(self.rejects, sum(c.rejected for c in finished))
 
     @property
     def eta_s(self) -> float | None:
@@ -119,10 +133,8 @@ class Note:
             return
         self._written = time.monotonic()
         self._state.updated = time.time()
-        try:
+        with suppress(OSError, StorageError):  # a note that cannot be written must not end a run that can go on
             self._root.overwrite(self._name, json.dumps(asdict(self._state), indent=1).encode())
-        except (OSError, StorageError):
-            pass  # a note that cannot be written must not end a run that can go on
 
     def close(self, state: str) -> None:
         self._state.state = state

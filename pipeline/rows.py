@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.backbone import Arrays
+if TYPE_CHECKING:
+    from pipeline.backbone import Arrays
 from pipeline.config import VectorSet
 from pipeline.errors import Reject
 from pipeline.listing import Shard
@@ -159,7 +161,7 @@ class ShardWriter:
         self.counts.samples += 1
         self.counts.rejects[why.reason] = self.counts.rejects.get(why.reason, 0) + 1
 
-    def rows(self, samples: list[Sample], sizes: list[tuple[int, int]], arrays: Arrays) -> None:
+    def rows(self, samples: list[Sample], sizes: list[tuple[int, int]], arrays: "Arrays") -> None:
         """n samples, their (width, height), and their vectors in the same order. Raises `NotFinite`."""
         broken = ~np.isfinite(arrays.embedding).all(axis=1)
         if broken.any():
@@ -175,7 +177,7 @@ class ShardWriter:
         if sum(len(t) for t in self._pending) >= ROW_GROUP_ROWS:
             self._write_group()
 
-    def _table(self, samples: list[Sample], sizes: list[tuple[int, int]], arrays: Arrays) -> pa.Table:
+    def _table(self, samples: list[Sample], sizes: list[tuple[int, int]], arrays: "Arrays") -> pa.Table:
         n, vectors = len(samples), self._vectors
         embedding = arrays.embedding
         if vectors.normalized:
@@ -212,7 +214,7 @@ class ShardWriter:
         offsets = pa.array(np.arange(0, index.size + 1, index.shape[1]), pa.int32())
         return pa.ListArray.from_arrays(offsets, pa.array(self._labels[index.reshape(-1)], pa.string()))
 
-    def _count_hits(self, samples: list[Sample], arrays: Arrays) -> None:
+    def _count_hits(self, samples: list[Sample], arrays: "Arrays") -> None:
         known = [i for i, s in enumerate(samples) if s.label is not None]
         if arrays.topk_index is None or not known:
             return

@@ -168,8 +168,7 @@ def _embed_todo(run: Run, state: State, note: Note, say: Callable[[str], None]) 
     """Embeds what is to do, in waves, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged, _ = weights.stage(run.module)
     run.module = None  # the actors load their own
-    actors.start_ray()
-    try:
+    with actors.local_ray():
         pool, gpus, run.threads = actors.pool(run.config, run.device, len(run.todo))
         run.actors = pool[1]
         job = Job(
@@ -188,12 +187,10 @@ def _embed_todo(run: Run, state: State, note: Note, say: Callable[[str], None]) 
                 coming = actors.embed_on_ray(job, run.todo[start : start + WAVE_SHARDS], board, pool, gpus)
                 for receipt in _watched(coming, board, state, note, display, run.config.stall_timeout_s):
                     run.receipts.append(receipt)
-                    state.shards_done += 1
+                    state.finish(run.receipts)
                     if receipt.error:
                         say(f"shard {receipt.shard} failed: {receipt.error}")
                     _check_failures(run)
-    finally:
-        actors.stop_ray()
     _check_failures(run, finished=True)
 
 
@@ -225,8 +222,7 @@ def _watched(
         except queue.Empty:
             item = ()
         said = actors.read_board(board)
-        state.images = sum(a["images"] for a in said.values())
-        state.rejects = sum(a["rejects"] for a in said.values())
+        state.see(said.values())
         display.show()
         note.renew()
         if item is None:

