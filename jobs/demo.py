@@ -148,18 +148,14 @@ def _draw_neighbours(shards: Path, out: str, path: Path) -> Path:
     looks = [key.rpartition("_")[0] for key in table["key"]]
     first = [looks.index(look) for look in pictures.LOOKS if look in looks]
     chosen = {q: np.argsort(-(vectors @ vectors[q]), kind="stable")[: NEIGHBOURS + 1] for q in first}
+    keys = table["key"].to_list()
     images = _images(shards, {table["id"].iloc[i] for found in chosen.values() for i in found})
-    ids = table["id"].to_list()
-    rows = [
-        [
-            (images[ids[i]], ids[i] if i == q else f"{vectors[i] @ vectors[q]:.2f} {ids[i]}")
-            for i in [q, *(f for f in found if f != q)]
-        ]
-        for q, found in chosen.items()
-    ]
-    pictures.contact_sheet(
-        [row[: NEIGHBOURS + 1] for row in rows], path, title="Nearest neighbours by cosine similarity"
-    )
+    rows = []
+    for query, found in chosen.items():
+        others = [i for i in found if i != query][:NEIGHBOURS]
+        captions = [keys[query], *(f"{vectors[i] @ vectors[query]:.2f} {keys[i]}" for i in others)]
+        rows.append([(images[table["id"].iloc[i]], c) for i, c in zip([query, *others], captions, strict=True)])
+    pictures.contact_sheet(rows, path, title="Nearest neighbours by cosine similarity (embeddings centred)")
     return path
 
 

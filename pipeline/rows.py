@@ -119,6 +119,40 @@ class NotFinite(Exception):
     """The model gave NaN or infinity for an image that decoded: our fault or the precision's, never a row."""
 
 
+class _Numbers:
+    """One row group's numbers in arrays that are filled again and again.
+
+    Arrow arrays a batch would do too, but their small C++ parts stayed between the decoded images on the heap and
+    kept it from being used again: 80 kB an image until the row group was written.
+    """
+
+    def __init__(self, vectors: VectorSet):
+        n = ROW_GROUP_ROWS
+        self.sizes = np.empty((n, 2), np.int32)
+        self.embedding = np.empty((n, vectors.dim), np.float16 if vectors.vector_type == "float16" else np.float32)
+        self.norm = np.empty(n, np.float32)
+        self.topk_index = np.empty((n, vectors.top_k), np.int32)
+        self.topk_score = np.empty((n, vectors.top_k), np.float32)
+
+    def put(self, at: int, sizes: list[tuple[int, int]], arrays: "Arrays", vectors: VectorSet) -> None:
+        """Rows `at`, `at + 1` … Raises `NotFinite` where a value does not fit float16."""
+        rows = slice(at, at + len(sizes))
+        self.sizes[rows] = sizes
+        self.norm[rows] = arrays.norm
+        with np.errstate(over="ignore"):
+            self.embedding[rows] = _normalized(arrays) if vectors.normalized else arrays.embedding
+        if not np.isfinite(self.embedding[rows]).all():
+            raise NotFinite(f"{vectors.model}: an embedding does not fit float16: use --vector-type float32")
+        if arrays.topk_index is not None and arrays.topk_score is not None:
+            self.topk_index[rows] = arrays.topk_index[:, : vectors.top_k]
+            self.topk_score[rows] = arrays.topk_score[:, : vectors.top_k]
+
+
+def _normalized(arrays: "Arrays") -> np.ndarray:
+    """Unit length; a zero vector stays zero."""
+    return arrays.embedding / np.maximum(arrays.norm, np.finfo(np.float32).tiny)[:, None]
+
+
 class ShardWriter:
     """Rows and rejects of one shard → two local Parquet files; a context that leaves no file behind on an error."""
 
@@ -127,7 +161,8 @@ class ShardWriter:
         self._schema = embeddings_schema(vectors)
         self._labels = np.array(labels, dtype=object) if labels else None
         self._metadata = file_metadata(vectors, shard)
-        self._pending: list[pa.Table] = []
+        self._samples: list[Sample] = []  # the row group under way, beside its numbers in `_numbers`
+        self._numbers = _Numbers(vectors)
         self._rejects: list[dict[str, object]] = []
         self.counts = Counts()
         stem = Path(scratch) / f"{uuid.uuid4().hex}-{os.getpid()}"
@@ -170,40 +205,32 @@ class ShardWriter:
                 f"{self._vectors.model} in {self._vectors.precision} gave NaN or infinity for "
                 f"{self._shard.name}/{sample.id_key}: try --precision fp32"
             )
-        self._pending.append(self._table(samples, sizes, arrays))
+        if len(self._samples) + len(samples) > ROW_GROUP_ROWS:
+            self._write_group()
+        self._numbers.put(len(self._samples), sizes, arrays, self._vectors)
+        self._samples += samples
         self.counts.samples += len(samples)
         self.counts.rows += len(samples)
         self._count_hits(samples, arrays)
-        if sum(len(t) for t in self._pending) >= ROW_GROUP_ROWS:
-            self._write_group()
 
-    def _table(self, samples: list[Sample], sizes: list[tuple[int, int]], arrays: "Arrays") -> pa.Table:
-        n, vectors = len(samples), self._vectors
-        embedding = arrays.embedding
-        if vectors.normalized:
-            embedding = embedding / np.maximum(arrays.norm, np.finfo(np.float32).tiny)[:, None]
-        if vectors.vector_type == "float16":
-            embedding = embedding.astype(np.float16)
-            if not np.isfinite(embedding).all():
-                raise NotFinite(f"{vectors.model}: an embedding does not fit float16: use --vector-type float32")
+    def _table(self) -> pa.Table:
+        samples, n, numbers = self._samples, len(self._samples), self._numbers
         columns = [
-            pa.array([f"{self._shard.name}/{s.id_key}" for s in samples]),
-            pa.array([self._shard.name] * n),
-            pa.array([s.key for s in samples]),
+            pa.array([f"{self._shard.name}/{s.id_key}" for s in samples], pa.string()),
+            pa.array([self._shard.name] * n, pa.string()),
+            pa.array([s.key for s in samples], pa.string()),
             pa.array([s.row for s in samples], pa.int32()),
-            pa.array([w for w, _ in sizes], pa.int32()),
-            pa.array([h for _, h in sizes], pa.int32()),
+            pa.array(numbers.sizes[:n, 0]),
+            pa.array(numbers.sizes[:n, 1]),
             pa.array([s.label for s in samples], pa.int32()),
-            _fixed(embedding, self._schema.field("embedding").type),
-            pa.array(arrays.norm, pa.float32()),
+            _fixed(numbers.embedding[:n], self._schema.field("embedding").type),
+            pa.array(numbers.norm[:n]),
         ]
-        if vectors.top_k:
-            assert arrays.topk_index is not None and arrays.topk_score is not None
-            index = arrays.topk_index[:, : vectors.top_k].astype(np.int32)
+        if self._vectors.top_k:
             columns += [
-                _fixed(index, self._schema.field("topk_index").type),
-                _fixed(arrays.topk_score[:, : vectors.top_k], self._schema.field("topk_score").type),
-                self._names(index),
+                _fixed(numbers.topk_index[:n], self._schema.field("topk_index").type),
+                _fixed(numbers.topk_score[:n], self._schema.field("topk_score").type),
+                self._names(numbers.topk_index[:n]),
             ]
         return pa.Table.from_arrays(columns, schema=self._schema)
 
@@ -224,9 +251,9 @@ class ShardWriter:
         self.counts.top5 += int(hits[:, :5].any(axis=1).sum())
 
     def _write_group(self) -> None:
-        if self._pending:
-            self._writer.write_table(pa.concat_tables(self._pending), row_group_size=ROW_GROUP_ROWS * 2)
-            self._pending.clear()
+        if self._samples:
+            self._writer.write_table(self._table(), row_group_size=ROW_GROUP_ROWS)
+            self._samples = []
 
     def finish_rejects(self) -> Path:
         """Writes the rejects file and returns its local path."""
@@ -248,8 +275,8 @@ class ShardWriter:
 
 
 def _fixed(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """(n, width) → fixed_size_list, without a copy per row."""
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind.value_type)
+    """(n, width) → fixed_size_list, without a copy."""
+    flat = pa.array(values.reshape(-1), kind.value_type)
     return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 
 

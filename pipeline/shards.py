@@ -6,7 +6,7 @@ is lost, a last sample with the key `#end` says so. Errors of the store are rais
 
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -22,15 +22,12 @@ from pipeline.tars import Member, read_members
 if TYPE_CHECKING:  # listing.py imports us
     from pipeline.listing import Shard
 
-MAX_IMAGE_BYTES = 256 * 2**20  # one image as stored; the largest real ones, scans of maps, are about 100 MiB
+MAX_IMAGE_BYTES = 256 * 2**20  # one image as stored; scans of maps reach about 100 MiB
 LABEL_MAX_BYTES = 32  # a `.cls` member: an integer as text
-# fmt: off
 IMAGE_ENDINGS = {
     "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm",
-    "pfm", "jp2", "j2k", "jpx", "avif", "avifs", "heic", "heif", "jxl", "svg", "ico", "icns", "tga", "dds", "psd",
-    "qoi", "xbm", "xpm", "exr", "hdr", "pcx", "sgi",
-}
-# fmt: on
+    "jp2", "j2k", "jpx", "avif", "heic", "heif", "jxl", "svg", "ico", "tga", "dds", "psd", "qoi", "xbm", "exr", "hdr",
+}  # fmt: skip
 FETCH_ATTEMPTS = 3  # of an address out of a column: most that fail are dead, and every one costs the waits
 FETCH_TIMEOUT_S = 60.0  # one HTTP request with its body
 WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's `base_plus_ext`
@@ -56,24 +53,19 @@ class Sample:
 
 def read_samples(shard: "Shard") -> Iterator[Sample]:
     """All samples, rows 0, 1, 2 …. Raises `StorageError` or `OSError` where the store fails, nothing for bad data."""
-    return _numbered({"webdataset": _webdataset, "parquet": _parquet, "folder": _folder}[shard.format](shard))
+    return _numbered(shard, images=True)
 
 
 def read_keys(shard: "Shard") -> Iterator[str]:
-    """The `id_key` of each sample that `read_samples` gives, in order; of Parquet only the keys' column is read."""
-    if shard.format == "parquet":
-        samples: Iterable[Sample] = _parquet(shard, images=False)
-    elif shard.format == "folder":
-        samples = (Sample(0, _text(m.url[_root_length(shard) :])) for m in shard.members)
-    else:
-        samples = _webdataset(shard)
-    return (sample.id_key for sample in _numbered(samples))
+    """The `id_key` of each sample that `read_samples` gives, in order, without reading images where that can be."""
+    return (sample.id_key for sample in _numbered(shard, images=False))
 
 
-def _numbered(samples: Iterable[Sample]) -> Iterator[Sample]:
+def _numbered(shard: "Shard", images: bool) -> Iterator[Sample]:
     """Counts the rows and keeps ids unique: the first with a key keeps it, later ones become rejects."""
     rows: dict[str, int] = {}
-    for row, sample in enumerate(samples):
+    reader = {"webdataset": _webdataset, "parquet": _parquet, "folder": _folder}[shard.format]
+    for row, sample in enumerate(reader(shard, images)):
         sample.row = row
         if sample.id_key in rows:
             first = rows[sample.id_key]
@@ -87,7 +79,7 @@ def _numbered(samples: Iterable[Sample]) -> Iterator[Sample]:
 
 
 def is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_ENDINGS and "." in name
+    return "." in name and name.rpartition(".")[2].lower() in IMAGE_ENDINGS
 
 
 def _text(name: str) -> str:
@@ -108,7 +100,7 @@ def _sized(sample: Sample, size: int) -> Sample:
 # WebDataset
 
 
-def _webdataset(shard: "Shard") -> Iterator[Sample]:
+def _webdataset(shard: "Shard", images: bool) -> Iterator[Sample]:
     """webdataset's own grouping: consecutive members with one name up to the first dot are one sample."""
     group: _Group | None = None
     with open_input(shard.url, shard.size) as raw:
@@ -125,7 +117,7 @@ def _webdataset(shard: "Shard") -> Iterator[Sample]:
                     yield from group.samples()
                     group = None
                 group = group or _Group(key)
-                group.add(ending, member)
+                group.add(ending, member, images)
         except Reject as damage:
             if group is not None and group.image is not None:
                 yield from group.samples()
@@ -145,7 +137,7 @@ class _Group:
         self.cut: Reject | None = None  # the damage that ended the tar within our image
         self._ending, self._endings, self._repeated = "", set[str](), 0
 
-    def add(self, ending: str, member: Member) -> None:
+    def add(self, ending: str, member: Member, images: bool) -> None:
         if ending == "cls" and member.size <= LABEL_MAX_BYTES and self.label is None:
             self.label = _integer(member.read())
         if not is_image("." + ending):
@@ -162,18 +154,20 @@ class _Group:
                 self.image.reject = Reject("missing_image", "read", message)
             elif self.image.reject is None:
                 try:
-                    self.image.image = member.read()
+                    if images:
+                        self.image.image = member.read()
+                    else:
+                        member.check()
                 except Reject as damage:
                     self.image.reject = self.cut = damage
                     raise
 
     def samples(self) -> Iterator[Sample]:
         """The sample, and one more for each further image under a name that the group had already."""
-        if self.image is None:
-            missing = Reject("missing_image", "read", "no member with an image's ending (jpg, png …)")
-            self.image = Sample(0, self.key, reject=missing)
-        self.image.label = self.label
-        yield self.image
+        missing = Reject("missing_image", "read", "no member with an image's ending (jpg, png …)")
+        image = self.image or Sample(0, self.key, reject=missing)
+        image.label = self.label
+        yield image
         for _ in range(self._repeated):
             yield Sample(0, self.key)
 
@@ -190,7 +184,7 @@ def _integer(text: bytes) -> int | None:
 # Parquet
 
 
-def _parquet(shard: "Shard", images: bool = True) -> Iterator[Sample]:
+def _parquet(shard: "Shard", images: bool) -> Iterator[Sample]:
     with open_input(shard.url, shard.size) as raw:
         for row in read_rows(raw, shard.size, shard.columns, images):
             sample = Sample(0, row.key, row.image or b"", row.label, reject=row.reject)
@@ -212,18 +206,15 @@ def _absolute(url: str, shard_url: str) -> str:
 # Folders and addresses
 
 
-def _root_length(shard: "Shard") -> int:
-    return len(shard.url.rstrip("/")) + 1
-
-
-def _folder(shard: "Shard") -> Iterator[Sample]:
+def _folder(shard: "Shard", images: bool) -> Iterator[Sample]:
     """A local folder's files are read here, in order; a remote one's are left to `fetch`, many at a time."""
     remote = not is_local(resolve(shard.url)[0])
+    root_length = len(shard.url.rstrip("/")) + 1
     for member in shard.members:
-        sample = _sized(Sample(0, _text(member.url[_root_length(shard) :])), member.size)
+        sample = _sized(Sample(0, _text(member.url[root_length:])), member.size)
         if sample.reject is None and remote:
             sample.url, sample.listed_bytes = member.url, member.size
-        elif sample.reject is None:
+        elif sample.reject is None and images:
             sample.image = _read_own(member.url, member.size)
         yield sample
 
@@ -247,18 +238,17 @@ def fetch(sample: Sample) -> bytes:
     assert sample.url is not None, "the sample holds its image itself"
     if sample.listed_bytes is not None:
         return _read_own(sample.url, sample.listed_bytes)
-    shown = redact(sample.url)
+    shown = "a malformed URL"
     try:
+        shown = redact(sample.url)
         fs, path = resolve(sample.url)
         for attempt in stamina.retry_context(on=_may_pass, attempts=FETCH_ATTEMPTS, wait_initial=0.2, wait_max=2):
             with attempt:
                 content = _read_bounded(fs, path)
-    except UsageError as e:
-        raise Reject("fetch_failed", "fetch", str(e)) from e
-    except Exception as e:
-        if not isinstance(e, OSError | ValueError | EOFError) and not _is_client_error(e):
-            raise
-        raise Reject("fetch_failed", "fetch", f"{shown}: {_cause(e)}") from e
+    except MemoryError:
+        raise
+    except Exception as e:  # whatever a client makes of an address out of data is that sample's
+        raise Reject("fetch_failed", "fetch", str(e) if isinstance(e, UsageError) else f"{shown}: {_cause(e)}") from e
     if not content:
         raise Reject("empty", "fetch", f"{shown}: no bytes")
     if len(content) > MAX_IMAGE_BYTES:
@@ -268,9 +258,12 @@ def fetch(sample: Sample) -> bytes:
 
 def _read_bounded(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
     """All bytes, or one more than `MAX_IMAGE_BYTES`, whatever size the server claims."""
-    # HTTP as a plain stream: one request, no HEAD before it. `size` is only looked at to be there.
-    timeout = aiohttp.ClientTimeout(total=FETCH_TIMEOUT_S)
-    options: dict[str, Any] = {"block_size": 0, "size": 1, "timeout": timeout} if path.startswith("http") else {}
+    options: dict[str, Any] = {}
+    if path.startswith(("http://", "https://")):
+        # A plain stream: one request, no HEAD before it. `size` is only looked at to be there.
+        options = {"block_size": 0, "size": 1, "timeout": aiohttp.ClientTimeout(total=FETCH_TIMEOUT_S)}
+    if is_local(fs) and not fs.isfile(path):
+        raise FileNotFoundError(path)  # a pipe would block for ever
     parts, wanted = list[bytes](), MAX_IMAGE_BYTES + 1
     with cast(BinaryIO, fs.open(path, "rb", **options)) as file:
         while wanted > 0 and (part := file.read(wanted)):
@@ -279,22 +272,22 @@ def _read_bounded(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
     return b"".join(parts)
 
 
-def _is_client_error(e: Exception) -> bool:
-    return type(e).__module__.partition(".")[0] in CLIENT_MODULES
-
-
 def _may_pass(e: Exception) -> bool:
-    status = getattr(e, "status", None)
-    if isinstance(status, int) and status:
+    if status := _status(e):
         return status in (408, 425, 429) or status >= 500
-    return isinstance(e, ConnectionError) or (_is_client_error(e) and not isinstance(e, ValueError | TimeoutError))
+    is_client = type(e).__module__.partition(".")[0] in CLIENT_MODULES
+    return isinstance(e, ConnectionError) or (is_client and not isinstance(e, ValueError | TimeoutError))
+
+
+def _status(e: Exception) -> int:
+    """HTTP's; 0 where there was no answer."""
+    return int(getattr(e, "status", 0) or 0)
 
 
 def _cause(e: Exception) -> str:
     """What went wrong, without the client's own words: they hold the URL with its query."""
     if isinstance(e, FileNotFoundError):
         return "not found"
-    status = getattr(e, "status", None)
-    if isinstance(status, int) and status:
+    if status := _status(e):
         return f"HTTP {status}"
     return f"{type(e).__name__} {getattr(e, 'strerror', None) or ''}".strip()

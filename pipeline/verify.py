@@ -5,7 +5,7 @@ sample of a shard is exactly one row of embeddings or rejects; every value is fi
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +24,6 @@ from pipeline.versions import ShardFiles, Version, read_list
 SHARDS_AT_ONCE = 4
 NAMED = 20  # problems of one shard spelled out; the rest is counted
 BATCH_ROWS = 4096
-
-
-class Broken(Exception):
-    """What is wrong with one file."""
 
 
 @dataclass
@@ -52,8 +48,10 @@ class Findings:
         self.problems += other.problems
 
     def bad_file(self, name: str, why: object) -> None:
-        self.bad_files += 1
-        self.problems.append(f"bad file {name}: {why}")
+        """Counts a file once, however much is wrong with it."""
+        before = f"bad file {name}: "
+        self.bad_files += not any(p.startswith(before) for p in self.problems)
+        self.problems.append(before + str(why))
 
     def name_ids(self, what: str, ids: Sequence[object]) -> None:
         self.problems += [f"{what}: {i}" for i in ids[:NAMED]]
@@ -128,44 +126,40 @@ def _read(
     positions: Counter[int],
     found: Findings,
 ) -> int | None:
-    """Reads every page of one file; returns its rows, or None where the file is not what it should be."""
+    """Reads every page of one file; returns its rows, or None where it cannot be read to its end."""
     try:
         with root.open(name) as f:
             there = f.seek(0, 2)
             if there != size:
-                raise Broken(f"{there} bytes, the version lists {size}")
+                found.bad_file(name, f"{there} bytes, the version lists {size}")
             file = pq.ParquetFile(f, page_checksum_verification=True, pre_buffer=False)
-            _check_metadata(file, version, listed)
+            for wrong in _wrong_metadata(file, version, listed):
+                found.bad_file(name, wrong)
             rows = 0
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 batch_ids = batch.column("id").to_pylist()
                 ids.update(batch_ids)
                 positions.update(batch.column("row").to_pylist())
                 rows += len(batch)
-                _check_ids(batch_ids, listed.shard)
+                foreign = next((i for i in batch_ids if not i.startswith(f"{listed.shard}/")), None)
+                if foreign is not None:
+                    found.bad_file(name, f"id {foreign} is not of shard {listed.shard}")
                 broken = _not_finite(batch)
                 found.not_finite += int(broken.sum())
                 found.name_ids("not finite", [batch_ids[i] for i in np.flatnonzero(broken)])
             return rows
     except FileNotFoundError:
         found.bad_file(name, "missing")
-    except (OSError, StorageError, Broken, pa.ArrowException, KeyError, UnicodeDecodeError) as e:
+    except (OSError, StorageError, pa.ArrowException, KeyError, UnicodeDecodeError) as e:
         found.bad_file(name, " ".join(str(e).split())[:300])
     return None
 
 
-def _check_metadata(file: pq.ParquetFile, version: Version, listed: ShardFiles) -> None:
+def _wrong_metadata(file: pq.ParquetFile, version: Version, listed: ShardFiles) -> Iterator[str]:
     own = {k.decode(): v.decode("utf-8", "replace") for k, v in (file.metadata.metadata or {}).items()}
-    expected = {"set": version.set, "shard": listed.shard, "input_etag": listed.etag}
-    for key, value in expected.items():
+    for key, value in {"set": version.set, "shard": listed.shard, "input_etag": listed.etag}.items():
         if own.get(PREFIX + key) != value:
-            raise Broken(f"its {key} is {own.get(PREFIX + key)}, the version's {value}")
-
-
-def _check_ids(ids: list[str], shard: str) -> None:
-    foreign = next((i for i in ids if not i.startswith(f"{shard}/")), None)
-    if foreign is not None:
-        raise Broken(f"id {foreign} is not of shard {shard}")
+            yield f"its {key} is {own.get(PREFIX + key)}, the version's {value}"
 
 
 def _not_finite(batch: pa.RecordBatch) -> np.ndarray:

@@ -103,7 +103,9 @@ def write_shards(folder: Path) -> Path:
     one += [("html.jpg", next(data for reason, data in broken().values() if reason == "corrupt"))]
     write_tar(folder / "a" / "one.tar", one)
     write_tar(folder / "a" / "two.tar", [*members(good[11:17]), ("nothing.txt", b"no image here")])
-    write_tar(folder / "three.tar.gz", members(good[17:] + [(f"more_{i}", jpeg(60, 60, seed=70 + i)) for i in range(2)]))
+    write_tar(
+        folder / "three.tar.gz", members(good[17:] + [(f"more_{i}", jpeg(60, 60, seed=70 + i)) for i in range(2)])
+    )
     return folder
 
 
@@ -115,5 +117,7 @@ def images_by_id(folder: Path) -> dict[str, bytes]:
     from pipeline.listing import list_shards
     from pipeline.shards import read_samples
 
-    found = {f"{s.name}/{x.id_key}": x.image for s in list_shards([str(folder)]) for x in read_samples(s) if not x.reject}
+    found = {
+        f"{s.name}/{x.id_key}": x.image for s in list_shards([str(folder)]) for x in read_samples(s) if not x.reject
+    }
     return {i: data for i, data in found.items() if not i.endswith(("/cut", "/html"))}

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import random
 import socket
 import tarfile
@@ -64,7 +65,8 @@ GROUPED = [
     ("dir.d/001.cls", b" 7\n"), ("dir.d/001.PNG", b"p1"),
     ("./002.seg.png", b"s2"), ("./002.jpg", b"j2"), ("./002.depth.png", b"d2"),
     ("003.seg.png", b"s3"), ("003.other.png", b"o3"),
-    ("__meta__/x.jpg", b"no"), ("__index__.jpg__", b"no"), ("__key__", b"no"), ("README", b"no"), (".hidden.jpg", b"no"),
+    ("__meta__/x.jpg", b"no"), ("__index__.jpg__", b"no"), ("__key__", b"no"), ("README", b"no"),
+    (".hidden.jpg", b"no"),
     ("004.webp", b"w4"), ("sub/004.webp", b"w4b"), ("005.v1.jpeg", b"v5"), ("006.cls", b"x"), ("006.tiff", b"t6"),
     ("ü 7.jpg", b"j7"), ("x" * 180 + ".jpg", b"long"),
 ]  # fmt: skip
@@ -86,12 +88,8 @@ def test_samples_are_grouped_as_webdataset_does(tmp_path: Path, form: int, pack:
 
 def test_equal_keys_are_rejected_but_for_the_first(tmp_path: Path) -> None:
     """A key that comes again, and a name that comes twice in one group: no image vanishes, ids stay unique."""
-    (tmp_path / "x.tar").write_bytes(
-        tar_bytes(
-            [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.JPG", b"4"), ("a#duplicate-5.jpg", b"6")]
-            + [("a.jpg", b"5"), ("a#duplicate-2.jpg", b"7")]
-        )
-    )
+    members = [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.JPG", b"4"), ("a#duplicate-5.jpg", b"6")]
+    (tmp_path / "x.tar").write_bytes(tar_bytes([*members, ("a.jpg", b"5"), ("a#duplicate-2.jpg", b"7")]))
     samples = samples_of(tmp_path / "x.tar")
     dup = "duplicate_key"
     assert told(samples) == [
@@ -175,7 +173,7 @@ def test_too_large_images_are_refused_unread(tmp_path: Path) -> None:
 
 
 def test_a_long_tar_streams(tmp_path: Path) -> None:
-    """10^5 members: what stays is the seen keys, under 250 bytes each; members held by tarfile would take 1 kB each."""
+    """10^5 members: what stays is the seen keys, under 400 bytes each; tarfile's own list takes 1.5 kB each."""
     count = 100_000
     header = bytearray(tar_bytes({"0000000.jpg": b"j"})[:1024])
     with open(tmp_path / "x.tar", "wb") as f:
@@ -185,13 +183,16 @@ def test_a_long_tar_streams(tmp_path: Path) -> None:
             header[148:156] = b"%06o\0 " % sum(header[:512])
             f.write(header)
         f.write(bytes(1024))
-    samples = read_samples(shard_of(tmp_path / "x.tar", "webdataset"))
-    next(samples)
-    tracemalloc.start()
-    rows = sum(1 for s in samples if s.image == b"j") + 1
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert rows == count and peak < 250 * count
+    before, grown, rows = resident_bytes(), 0, 0
+    for sample in read_samples(shard_of(tmp_path / "x.tar", "webdataset")):
+        rows += sample.image == b"j"
+        if sample.row % 10_000 == 0:
+            grown = max(grown, resident_bytes() - before)
+    assert rows == count and grown < 400 * count
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # Damaged tars
@@ -246,6 +247,7 @@ def test_a_damaged_header_ends_the_tar_with_a_reject(tmp_path: Path) -> None:
     content[1536 * 2 : 1536 * 2 + 700] = bytes(700)
     assert tar_of(tmp_path, bytes(content)) == [*WHOLE[:2], ("#end", "corrupt")]
     assert tar_of(tmp_path, tar_bytes(FIVE) + tar_bytes({"z.jpg": b"z"})) == [*WHOLE, ("#end", "corrupt")]
+    assert tar_of(tmp_path, tar_bytes(FIVE) + b"shifted" + tar_bytes({"z.jpg": b"z"})) == [*WHOLE, ("#end", "corrupt")]
 
 
 def test_what_is_no_tar_is_one_reject(tmp_path: Path) -> None:
@@ -451,10 +453,10 @@ def test_unclear_or_wrong_columns_are_refused(columns: str, asked: dict[str, str
 
 def test_a_broken_page_costs_its_rows_and_no_others(tmp_path: Path) -> None:
     """The rest of its row group is rejected under its own keys; the next row group goes on."""
-    images = [bytes([i]) * 3000 for i in range(90)]
+    images = [random.Random(i).randbytes(3000) for i in range(90)]  # that snappy leaves as they are
     path = write_parquet(tmp_path / "x.parquet", images, row_group_rows=30, key=[f"k{i}" for i in range(90)])
     content = bytearray(path.read_bytes())
-    at = content.index(bytes([45]) * 3000)
+    at = content.index(images[45][500:2500])
     content[at + 50] ^= 0xFF
     path.write_bytes(content)
     got = told(samples_of(path, "parquet"))
@@ -530,6 +532,7 @@ def test_addresses_are_fetched_or_refused(tmp_path: Path, monkeypatch: pytest.Mo
     write_folder(tmp_path, {"a.jpg": b"image", "big.jpg": b"b" * 3000, "empty.jpg": b""})
     with fsspec.open("memory://fetch/m.jpg", "wb") as f:
         f.write(b"memory")
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(shards, "MAX_IMAGE_BYTES", 2000)
     with serving(tmp_path) as url:
         assert fetch(Sample(0, "k", url=f"{url}/a.jpg?token=secret")) == b"image"
@@ -542,7 +545,9 @@ def test_addresses_are_fetched_or_refused(tmp_path: Path, monkeypatch: pytest.Mo
         "memory://fetch/none.jpg",
         str(tmp_path / "none.jpg"),
         str(tmp_path),
+        str(tmp_path / "pipe"),
         "nothing://x",
+        "reference://x",
         "http://[bad/a.jpg",
     ):
         assert refused(bad).reason == "fetch_failed"
@@ -553,7 +558,8 @@ def test_only_what_may_pass_is_fetched_again() -> None:
     for status, tries in ((404, 1), (403, 1), (503, 3), (0, 3)):
         with answering(status) as (url, asked):
             why = refused(f"{url}/a.jpg?token=secret")
-            assert (why.reason, len(asked)) == ("fetch_failed", tries)
+            # aiohttp itself asks twice where a connection breaks.
+            assert why.reason == "fetch_failed" and len(asked) == tries * (2 if status == 0 else 1)
             assert why.message.endswith({404: "not found", 0: "ServerDisconnectedError"}.get(status, f"HTTP {status}"))
 
 

@@ -1,0 +1,61 @@
+"""A job for tests that need no Ray: a tiny set, its backbone, and one call from shards to receipts."""
+
+from pathlib import Path
+
+import oracle
+
+from pipeline.backbone import Backbone, facts_of
+from pipeline.config import VectorSet
+from pipeline.embed import Embedder, Job, Receipt
+from pipeline.listing import Shard, list_shards
+
+MODEL = "test_vit"
+
+
+def vector_set(model: str = MODEL, **changes: object) -> VectorSet:
+    facts = facts_of(oracle.module(model), model)
+    fields: dict[str, object] = {
+        "model": model,
+        "weights_sha256": "0" * 64,
+        "preprocessing": facts.preprocessing,
+        "exif_orientation": True,
+        "precision": "fp32",
+        "engine": "eager",
+        "decode": "exact",
+        "outputs": ("embedding", "classes"),
+        "pooling": facts.pooling,
+        "dim": facts.dim,
+        "classes": facts.classes,
+        "top_k": 5,
+        "labels_sha256": "",
+        "labels_source": "none",
+        "normalized": False,
+        "vector_type": "float32",
+    }
+    return VectorSet(**(fields | changes))  # type: ignore[arg-type]
+
+
+def job(output: Path | str, *, batch_size: int = 4, labels: tuple[str, ...] = (), **changes: object) -> Job:
+    return Job(
+        vectors=vector_set(**changes),  # type: ignore[arg-type]
+        labels=labels,
+        weights="",
+        output=str(output),
+        device="cpu",
+        batch_size=batch_size,
+        decode_threads=2,
+        torch_threads=1,
+    )
+
+
+def embedder(job: Job, **settings: object) -> Embedder:
+    vectors = job.vectors
+    return Embedder(
+        job,
+        Backbone(oracle.module(vectors.model), batch_size=job.batch_size, classes=bool(vectors.top_k), **settings),  # type: ignore[arg-type]
+    )
+
+
+def embed(job: Job, shards: list[Shard] | Path) -> list[Receipt]:
+    listed = list_shards([str(shards)]) if isinstance(shards, Path) else shards
+    return list(embedder(job)(listed))

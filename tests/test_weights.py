@@ -1,0 +1,137 @@
+"""Weights are loaded strictly, safely, never silently random, and known by their content."""
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import oracle
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.errors import UsageError
+from pipeline.weights import load_module, load_staged, sha256, stage
+
+
+def test_random_weights_are_timms_own_initialisation() -> None:
+    """random:SEED is what timm gives after torch.manual_seed(SEED), and leaves the caller's random state alone."""
+    torch.manual_seed(99)
+    expected = torch.rand(1)
+    torch.manual_seed(99)
+    ours = load_module("test_vit", "random:7").state_dict()
+    assert torch.equal(torch.rand(1), expected)
+    theirs = oracle.module("test_vit", 7).state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert sha256(ours) != sha256(load_module("test_vit", "random:8").state_dict())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "wrapped"])
+def test_weights_from_a_file_are_these_weights(kind: str, tmp_path: Path) -> None:
+    """Every layout of a checkpoint gives the same vectors and the same identity."""
+    state = oracle.module("test_vit", 3).state_dict()
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if kind == "wrapped" else state, path)
+    loaded = load_module("test_vit", str(path)).state_dict()
+    assert sha256(loaded) == sha256(state)
+
+
+def test_an_architectures_own_layout_is_renamed_as_timm_does(tmp_path: Path) -> None:
+    """PiT's authors call its pooling layers `pools.N`; timm's own filter renames them, then strictness holds."""
+    state = oracle.module("pit_ti_224").state_dict()
+    published = {
+        re.sub(r"transformers\.([12])\.pool", lambda m: f"pools.{int(m[1]) - 1}", k): v for k, v in state.items()
+    }
+    assert published.keys() != state.keys()
+    torch.save(published, tmp_path / "w.pth")
+    assert sha256(load_module("pit_ti_224", str(tmp_path / "w.pth")).state_dict()) == sha256(state)
+
+
+def test_weights_that_do_not_fit_name_the_keys(tmp_path: Path) -> None:
+    """Missing, unexpected and misshapen keys are named, and the rest counted."""
+    state = oracle.module("test_vit").state_dict()
+    del state["norm.weight"]
+    state["extra.bias"] = torch.zeros(1)
+    state["head.weight"] = torch.zeros(10, 64)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UsageError) as e:
+        load_module("test_vit", str(tmp_path / "w.pth"))
+    for part in ("missing keys: norm.weight", "unexpected keys: extra.bias", "head.weight (10, 64) for (1000, 64)"):
+        assert part in str(e.value)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch /tmp/shard2vec-was-here",)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Malicious()), b"", b"no checkpoint", pickle.dumps({"a": 1})])
+def test_a_bad_checkpoint_is_refused_and_runs_no_code(content: bytes, tmp_path: Path) -> None:
+    """Rubbish and hostile pickles end with one sentence; nothing in them is executed."""
+    marker = Path("/tmp/shard2vec-was-here")
+    marker.unlink(missing_ok=True)
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UsageError) as e:
+        load_module("test_vit", str(tmp_path / "w.pth"))
+    assert "\n" not in str(e.value)
+    assert not marker.exists()
+
+
+def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+    """A wrong URL or a wrong word is told before any work."""
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_module("test_vit", str(tmp_path / "absent.safetensors"))
+    with pytest.raises(UsageError, match="pretrained, random:SEED or the URL"):
+        load_module("test_vit", "pretraind")
+
+
+def test_an_unknown_model_gets_the_nearest_names() -> None:
+    """A typo is answered with what was meant."""
+    with pytest.raises(UsageError, match="pit_b_224"):
+        load_module("pit_b_242", "random:0")
+
+
+def test_pretrained_without_a_hub_is_an_error_not_a_random_model() -> None:
+    """When the hub cannot be reached, the run ends; nothing is embedded with random weights."""
+    with pytest.raises(UsageError, match="pretrained weights of test_vit cannot be had"):
+        load_module("test_vit", "pretrained")
+
+
+def save_local_dir(folder: Path, classes: int, stored: int) -> Path:
+    """A `local-dir:` model as timm saves it: config.json and weights."""
+    import timm
+
+    net = timm.create_model("test_vit", num_classes=stored)
+    folder.mkdir()
+    safetensors.torch.save_file(net.state_dict(), folder / "model.safetensors")
+    cfg = {"input_size": [3, 160, 160], "num_classes": stored, "fixed_input_size": True, "classifier": "head", "first_conv": "patch_embed.proj",
+           "label_names": [f"n{i}" for i in range(stored)]}  # fmt: skip
+    config = {"architecture": "test_vit", "num_classes": classes, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_local_folder_brings_its_own_classes_and_names(tmp_path: Path) -> None:
+    """local-dir: gives the weights, class count and label names that lie there."""
+    from pipeline.backbone import facts_of
+
+    name = f"local-dir:{save_local_dir(tmp_path / 'm', 7, 7)}"
+    net = load_module(name, "pretrained")
+    stored = safetensors.torch.load_file(tmp_path / "m" / "model.safetensors")
+    assert sha256(net.state_dict()) == sha256(stored)
+    facts = facts_of(net, name)
+    assert (facts.classes, facts.labels_source, facts.label_names[:2]) == (7, "model", ("n0", "n1"))
+
+
+def test_a_staged_file_is_the_weights_and_nothing_else(own_cache: Path) -> None:
+    """Staging writes one safetensors file under the weights' own digest; a second time it is found there."""
+    module = oracle.module("test_vit", 5)
+    path, digest = stage(module)
+    assert path == own_cache / "weights" / f"{digest}.safetensors" and digest == sha256(module.state_dict())
+    before = path.stat().st_ino
+    assert stage(module)[0].stat().st_ino == before
+    assert sha256(load_staged("test_vit", path).state_dict()) == digest
