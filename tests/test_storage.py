@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar, cast
 
 import fsspec
 import hypothesis.strategies as st
@@ -366,8 +366,8 @@ def test_a_range_reader_is_a_file_for_parquet_and_tar(flaky: type[FlakyStore]) -
     fs.pipe_file(path, content)
     for mode in ("r|", "r:"):
         flaky.reads = [ConnectionResetError("cut"), short] * 5
-        with tarfile.open(fileobj=RangeReader(fs, path, len(content), 4096), mode=mode) as tar:  # type: ignore[call-overload]
-            found = {m.name: tar.extractfile(m).read() for m in tar}
+        with tarfile.open(fileobj=RangeReader(fs, path, len(content), 4096), mode=mode) as tar:
+            found = {m.name: cast(IO[bytes], tar.extractfile(m)).read() for m in tar}
         assert found == members
 
 

@@ -1,0 +1,244 @@
+"""The whole run on a local Ray: committed, resumable, incremental, gated."""
+
+import json
+import os
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from containers import write_folder, write_parquet, write_tar
+from pictures import jpeg
+
+from pipeline import versions
+from pipeline.config import RunConfig
+from pipeline.listing import list_shards
+from pipeline.progress import is_alive, read_notes
+from pipeline.run import COMMITTED, FAILED, REFUSED, STALLED, Result, embed
+from pipeline.storage import Root
+from pipeline.verify import verify
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def config(inputs: Path, output: Path, **changes: object) -> RunConfig:
+    asked = RunConfig(
+        inputs=(str(inputs),),
+        output=str(output),
+        model="test_vit",
+        weights="random:0",
+        precision="fp32",
+        batch_size=4,
+        max_reject_rate=0.2,
+    )
+    return replace(asked, **changes)  # type: ignore[arg-type]
+
+
+def run(asked: RunConfig) -> Result:
+    return embed(asked, lambda line: None)
+
+
+def rows(output: Path) -> dict[str, dict]:
+    return {row["id"]: row for row in versions.open_dataset(str(output)).to_table().to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, shards: Path, ray_session: None) -> tuple[Path, Result]:
+    """One run over the shared shards."""
+    output = tmp_path_factory.mktemp("done") / "out"
+    return output, run(config(shards, output))
+
+
+def test_a_run_commits_every_sample_once(done: tuple[Path, Result], shards: Path) -> None:
+    """The result counts add up, verify is clean against the input, and vectors are timm's."""
+    output, result = done
+    told = result.json
+    assert result.exit_code == COMMITTED
+    assert (told["version"], told["shards"], told["shards_embedded"], told["shards_unchanged"]) == (1, 3, 3, 0)
+    assert (told["samples"], told["rows"], told["rejects"]) == (24, 21, oracle.REJECTS)
+    assert told["images_per_s"] > 0 and told["limited_by"] in ("read", "decode", "forward", "write")
+    assert 0 <= told["top1"] <= told["top5"] <= 1
+    root = Root(str(output))
+    assert verify(root, versions.current(root), list_shards([str(shards)])).clean
+    images = oracle.images_by_id(shards)
+    want = oracle.expected("test_vit", list(images.values()))
+    found = rows(output)
+    got = np.array([found[i]["embedding"] for i in images])
+    assert oracle.relative(got, want.embedding) < 1e-5
+
+
+def test_the_same_command_embeds_nothing(done: tuple[Path, Result], shards: Path) -> None:
+    """Finished shards are recognised by name: nothing is read, no version is made."""
+    output, first = done
+    hidden = [(shards / "a" / "one.tar"), (shards / "three.tar.gz")]
+    before = {path: path.stat().st_atime_ns for path in hidden}
+    result = run(config(shards, output))
+    assert (result.exit_code, result.json["version"], result.json["shards_embedded"]) == (COMMITTED, 1, 0)
+    assert result.json["shards_unchanged"] == 3 and result.json["limited_by"] == "nothing to do"
+    for key in ("samples", "rows", "rejects", "top1", "top5"):
+        assert result.json[key] == first.json[key]
+    assert {path: path.stat().st_atime_ns for path in hidden} == before
+
+
+def test_a_dry_run_writes_nothing(shards: Path, tmp_path: Path) -> None:
+    """It says what would be embedded, and the output is not even created."""
+    result = run(config(shards, tmp_path / "out", dry_run=True))
+    assert result.json["shards_to_embed"] == 3 and result.json["to_embed"][0].startswith(("a/", "three"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_changed_is_embedded(shards: Path, tmp_path: Path) -> None:
+    """A changed, a new and a deleted shard: two are embedded, one is removed, the rest costs a listing entry."""
+    work, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(shards, work)
+    run(config(work, output))
+    before = {f.shard: f.embeddings for f in versions.read_list(Root(str(output)), versions.current(Root(str(output))))}
+    write_tar(work / "a" / "two.tar", {"x.jpg": jpeg(seed=5)})
+    write_tar(work / "new.tar", {"y.jpg": jpeg(seed=6)})
+    (work / "three.tar.gz").unlink()
+    told = run(config(work, output)).json
+    assert (told["version"], told["shards_embedded"], told["shards_unchanged"], told["removed"]) == (2, 2, 1, ["three"])
+    after = {f.shard: f.embeddings for f in versions.read_list(Root(str(output)), versions.current(Root(str(output))))}
+    assert after.keys() == {"a/one", "a/two", "new"} and after["a/one"] == before["a/one"]
+    assert {i for i in rows(output) if not i.startswith("a/one/")} == {"a/two/x", "new/y"}
+
+
+def test_actors_and_resuming_change_no_bit(done: tuple[Path, Result], shards: Path, tmp_path: Path) -> None:
+    """Two actors instead of one, and a run that found one shard done, give the very same rows."""
+    threads = torch.get_num_threads()
+    output, _ = done
+    two = run(config(shards, tmp_path / "out", actors=(2, 2)))
+    assert two.exit_code == COMMITTED
+    root = Root(str(tmp_path / "out"))
+    embedded = versions.read_list(root, versions.current(root))[0].embeddings
+    assert rows(tmp_path / "out") == rows(output)
+    shutil.rmtree(tmp_path / "out" / "versions")
+    (tmp_path / "out" / embedded).unlink()
+    again = run(config(shards, tmp_path / "out"))
+    assert (again.json["shards_embedded"], again.json["shards_unchanged"]) == (1, 2)
+    assert rows(tmp_path / "out") == rows(output)
+    assert torch.get_num_threads() == threads
+
+
+def test_another_configuration_is_another_set(shards: Path, tmp_path: Path) -> None:
+    """The second set stands beside the first, and the version names one of them only."""
+    first, second = (run(config(shards, tmp_path / "out", normalize=n)).json for n in (False, True))
+    assert first["set"] != second["set"] and second["version"] == 2 and second["shards_embedded"] == 3
+    assert {f.parts[-3] for f in (tmp_path / "out" / "sets").glob("*/embeddings/*")} == {first["set"], second["set"]}
+    assert all(second["set"] in f for f in versions.files(str(tmp_path / "out")))
+
+
+def test_too_many_rejects_commit_no_version(shards: Path, tmp_path: Path) -> None:
+    """Exit 3 names the reasons; with a higher limit the same command commits at once, embedding nothing."""
+    refused = run(config(shards, tmp_path / "out", max_reject_rate=0.1))
+    assert refused.exit_code == REFUSED and "3 of 24 samples were rejected" in refused.message
+    assert refused.json["version"] is None and refused.json["rejects"] == oracle.REJECTS
+    assert versions.numbers(Root(str(tmp_path / "out"))) == []
+    accepted = run(config(shards, tmp_path / "out", max_reject_rate=0.2))
+    assert (accepted.exit_code, accepted.json["shards_embedded"], accepted.json["version"]) == (COMMITTED, 0, 1)
+
+
+def test_a_shard_that_cannot_be_read_fails_the_run_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    """The other shards are finished; exit 1; once the store is well the same command does the rest."""
+    for name in ("good", "bad"):
+        write_tar(tmp_path / "in" / f"{name}.tar", {f"{i}.jpg": jpeg(seed=i) for i in range(3)})
+    from pipeline import run as run_module
+
+    def listing(*args: object, **options: object) -> list:
+        found = list_shards(*args, **options)  # type: ignore[arg-type]
+        (tmp_path / "in" / "bad.tar").rename(tmp_path / "away")
+        return found
+
+    monkeypatch.setattr(run_module, "list_shards", listing)
+    failed = run(config(tmp_path / "in", tmp_path / "out"))
+    assert failed.exit_code == FAILED and "1 of 2 shards failed" in failed.message and "bad.tar" in failed.message
+    assert failed.json["failed"][0]["shard"] == "bad" and failed.json["version"] is None
+    monkeypatch.undo()
+    (tmp_path / "away").rename(tmp_path / "in" / "bad.tar")
+    again = run(config(tmp_path / "in", tmp_path / "out"))
+    assert (again.exit_code, again.json["shards_embedded"], again.json["rows"]) == (COMMITTED, 1, 6)
+
+
+def test_a_run_that_stands_still_ends_and_names_the_stage(tmp_path: Path) -> None:
+    """A source that hangs (here: a server that takes calls and never answers) ends with 4, naming stage and shard."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.jpg"
+        (tmp_path / "in").mkdir()
+        pq.write_table(pa.table({"url": [url]}), tmp_path / "in" / "y.parquet")
+        stalled = run(config(tmp_path / "in" / "y.parquet", tmp_path / "out", stall_timeout_s=12.0))
+    assert stalled.exit_code == STALLED
+    assert "no progress for 12 s in stage decode of y" in stalled.message
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hugging face", "urls", "folder"])
+def test_other_inputs(kind: str, tmp_path: Path) -> None:
+    """Parquet of bytes, of {bytes, path}, of URLs, and folders give the vectors of the same images."""
+    images = {f"p{i}.jpg": jpeg(70 + i, 60, seed=i) for i in range(5)}
+    keys, content = list(images), list(images.values())
+    if kind == "parquet":
+        write_parquet(tmp_path / "in" / "x.parquet", content, key=keys, label=list(range(5)))
+    elif kind == "hugging face":
+        struct = pa.array([{"bytes": b, "path": k} for k, b in images.items()])
+        (tmp_path / "in").mkdir()
+        pq.write_table(pa.table({"image": struct, "key": keys}), tmp_path / "in" / "x.parquet")
+    elif kind == "urls":
+        write_folder(tmp_path / "store", images)
+        (tmp_path / "in").mkdir()
+        urls = [str(tmp_path / "store" / k) for k in keys]
+        pq.write_table(pa.table({"url": [*urls, str(tmp_path / "gone.jpg")], "key": [*keys, "gone"]}), tmp_path / "in/x.parquet")
+    else:
+        write_folder(tmp_path / "in", images)
+    result = run(config(tmp_path / "in", tmp_path / "out"))
+    assert result.exit_code == COMMITTED and result.json["rows"] == 5
+    assert result.json["rejects"] == ({"fetch_failed": 1} if kind == "urls" else {})
+    shard = "slice-00000000" if kind == "folder" else "x"
+    found = rows(tmp_path / "out")
+    assert list(found) == [f"{shard}/{k}" for k in keys]
+    want = oracle.expected("test_vit", content).embedding
+    assert oracle.relative(np.array([r["embedding"] for r in found.values()]), want) < 1e-5
+    assert ("top1" in result.json) == (kind == "parquet")
+
+
+def test_a_model_without_classes_and_labels_of_ones_own(tmp_path: Path) -> None:
+    """No classifier: no class columns. --labels: the names in the file."""
+    write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})
+    (tmp_path / "names.txt").write_text("".join(f"thing {i}\n" for i in range(1000)))
+    run(config(tmp_path / "in", tmp_path / "out", labels=str(tmp_path / "names.txt"), top_k=3))
+    (row,) = rows(tmp_path / "out").values()
+    assert row["topk_label"] == [f"thing {i}" for i in row["topk_index"]] and len(row["topk_index"]) == 3
+    result = run(config(tmp_path / "in", tmp_path / "bare", model="eva02_tiny_patch14_224"))
+    assert result.exit_code == COMMITTED
+    (row,) = rows(tmp_path / "bare").values()
+    assert len(row["embedding"]) == 192 and "topk_index" not in row
+
+
+def test_an_empty_shard_is_done_when_it_has_nothing(tmp_path: Path) -> None:
+    """A tar of no samples is a file of no rows, and is not opened again."""
+    write_tar(tmp_path / "in" / "empty.tar", {})
+    write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})
+    first, second = (run(config(tmp_path / "in", tmp_path / "out")).json for _ in range(2))
+    assert (first["shards"], first["rows"], second["shards_unchanged"]) == (2, 1, 2)
+
+
+def test_the_run_leaves_a_note(done: tuple[Path, Result]) -> None:
+    """`status` knows how the last run ended, and that it is over."""
+    note = read_notes(Root(str(done[0])))[0]
+    assert (note.state, note.shards, note.shards_done, note.images, note.rejects) == ("committed", 3, 3, 21, 3)
+    assert not is_alive(note)
+
+
+def test_set_json_describes_the_set_and_holds_no_secret(shards: Path, tmp_path: Path) -> None:
+    """What made the vectors is written down; where weights and labels came from is not."""
+    torch.save(oracle.module("test_vit", 1).state_dict(), tmp_path / "secret-token.pth")
+    told = run(config(shards, tmp_path / "out", weights=str(tmp_path / "secret-token.pth"))).json
+    text = (tmp_path / "out" / "sets" / told["set"] / "set.json").read_text()
+    described = json.loads(text)
+    assert described["set"] == told["set"] and described["precision"] == "fp32" and described["dim"] == 64
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or b"secret-token" not in path.read_bytes()
