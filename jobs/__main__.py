@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 
+import stamina
 import typer
 
 from jobs import demo, describe, embed, exits, files, gc, job_file, status, verify
@@ -24,6 +25,7 @@ for verb in (demo, embed, status, files, verify, describe, gc):
 def main() -> None:
     """The console script."""
     logging.basicConfig(level=os.environ.get("SHARD2VEC_LOG", "ERROR"))
+    stamina.instrumentation.set_on_retry_hooks([])  # its default prints a bare line for every retry
     try:
         argv = job_file.expand(sys.argv[1:])
     except UsageError as e:

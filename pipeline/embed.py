@@ -201,7 +201,7 @@ class Embedder:
                 self.activity.shard = work.shard.name
                 flow.put(to_write, (work, None))
             if sample is not None and work.error is None:
-                self.activity.stage = "decode"
+                self.activity.stage = "fetch" if sample.url else "decode"
                 try:
                     outcome: Outcome = flow.wait(future)
                 except (StorageError, OSError) as e:

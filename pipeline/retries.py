@@ -48,8 +48,8 @@ def redact(url: str) -> str:
 def said(e: Exception) -> str:
     """What an error says, in one line and without what its URLs carry beyond the path."""
     text = " ".join(str(e).split()) or type(e).__name__
-    text = text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + "…"
-    return re.sub(r"[a-z0-9+]+://[^\s'\"<>]+", lambda url: redact(url[0]), text)
+    text = re.sub(r"[a-z0-9+]+://[^\s'\"<>]+", lambda url: redact(url[0]), text)
+    return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + "…"
 
 
 def retrying(

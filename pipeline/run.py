@@ -70,10 +70,11 @@ def embed(config: RunConfig, say: Callable[[str], None] = print) -> Result:
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
     """
     run = plan(config)
-    say(_describe(run))
     if config.dry_run:
+        say(_describe(run))
         return Result(COMMITTED, "dry run: nothing was read or written", _dry(run))
     versions.create_set(run.root, run.vectors.folder, run.vectors.as_dict() | {"set": run.vectors.name})
+    say(_describe(run))
     state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
     note = Note(run.root, state)
     note.renew(force=True)

@@ -103,8 +103,8 @@ def list_files(url: str) -> list[Entry]:
         found = retrying(fs, "list", url, listing, LOOK_GIVE_UP_S)
         for name in [name for name, info in found.items() if info.get("size") is None]:  # a web server's index page
             found[name] = retrying(fs, "look at", name, partial(_info, fs, name), LOOK_GIVE_UP_S)
-    except (OSError, StorageError) as e:
-        raise UsageError(said(e)) from e
+    except (OSError, ValueError, StorageError) as e:
+        raise UsageError(said(e) if redact(url) in said(e) else f"{redact(url)}: {said(e)}") from e
     files = [entry(fs, name, info) for name, info in found.items() if info["type"] == "file"]
     if not files:
         raise UsageError(f"nothing matches {redact(url)}")
@@ -118,9 +118,9 @@ def _info(fs: fsspec.AbstractFileSystem, path: str) -> Info:
         return cast(Info, fs.info(path))
     try:
         found = os.stat(path)
-    except OSError:
+    except OSError as e:
         found = os.lstat(path)
-        if not stat.S_ISLNK(found.st_mode):
+        if e.errno == errno.EACCES or not stat.S_ISLNK(found.st_mode):
             raise
         return {"name": path, "type": "file", "size": 0, "mtime": found.st_mtime}
     kind = "directory" if stat.S_ISDIR(found.st_mode) else "file" if stat.S_ISREG(found.st_mode) else "other"

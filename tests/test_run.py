@@ -173,7 +173,7 @@ def test_a_run_that_stands_still_ends_and_names_the_stage(tmp_path: Path) -> Non
         pq.write_table(pa.table({"url": [url]}), tmp_path / "in" / "y.parquet")
         stalled = run(config(tmp_path / "in" / "y.parquet", tmp_path / "out", stall_timeout_s=12.0))
     assert stalled.exit_code == STALLED
-    assert "no progress for 12 s in stage decode of y" in stalled.message
+    assert "no progress for 12 s in stage fetch of y" in stalled.message
 
 
 @pytest.mark.parametrize("kind", ["parquet", "hugging face", "urls", "folder"])
@@ -191,7 +191,9 @@ def test_other_inputs(kind: str, tmp_path: Path) -> None:
         write_folder(tmp_path / "store", images)
         (tmp_path / "in").mkdir()
         urls = [str(tmp_path / "store" / k) for k in keys]
-        pq.write_table(pa.table({"url": [*urls, str(tmp_path / "gone.jpg")], "key": [*keys, "gone"]}), tmp_path / "in/x.parquet")
+        pq.write_table(
+            pa.table({"url": [*urls, str(tmp_path / "gone.jpg")], "key": [*keys, "gone"]}), tmp_path / "in/x.parquet"
+        )
     else:
         write_folder(tmp_path / "in", images)
     result = run(config(tmp_path / "in", tmp_path / "out"))

@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from s3fs.errors import translate_boto_error  # type: ignore[import-untyped]
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.retries import said
 from pipeline.storage import (
     Entry,
     RangeReader,
@@ -551,6 +552,7 @@ def test_what_is_shown_of_a_url_holds_no_secret(url: str, shown: str) -> None:
         "memory://nothing/here",
         "/nothing/here",
         "/nothing/here/*.tar",
+        "/tmp/a**b/*.tar",
         "https://me:secret@127.0.0.1:9/x.tar?sig=secret",
     ],
 )
@@ -559,6 +561,12 @@ def test_what_cannot_be_listed_is_one_line_without_secrets(url: str) -> None:
         list_files(url)
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
     assert redact(url).partition("::")[0] in str(caught.value)
+
+
+def test_a_clients_words_are_cut_after_their_secrets() -> None:
+    """Else the cut could take the `@` away, by which a password is known."""
+    text = said(OSError(f"{'x' * 270}\nhttps://me:{'secret' * 9}@host/x.tar?sig=secret or not"))
+    assert text == f"{'x' * 270} https://host/x.tar or not"
 
 
 # Root

@@ -1,0 +1,310 @@
+"""The command line: exit codes, one sentence for each mistake, JSON last on stdout."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import made
+import numpy as np
+import oracle
+import pytest
+import safetensors.torch
+from containers import write_tar
+from pictures import jpeg
+from typer.testing import CliRunner
+
+from jobs import job_file
+from jobs.__main__ import app
+from pipeline import versions
+from pipeline.errors import UsageError
+from pipeline.storage import Root
+
+
+def call(*args: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one verb in this process."""
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def embed_args(shards: Path, output: Path, *more: object) -> list[object]:
+    asked = ["embed", "--input", shards, "--output", output, "--model", "test_vit", "--weights", "random:0"]
+    return [*asked, "--max-reject-rate", 0.2, *more]
+
+
+WRONG = {
+    "unknown model": (["--model", "pit_b_242"], "pit_b_224"),
+    "no such input": (["--input", "{tmp}/none-*.tar"], "nothing matches"),
+    "output is a file": (["--output", "{tmp}/file"], "is a file"),
+    "output of others": (["--output", "{tmp}/others"], "holds other things"),
+    "output not writable": (["--output", "/proc/nobody/out"], "cannot be"),
+    "weights that do not fit": (["--weights", "{tmp}/other.safetensors"], "do not fit"),
+    "weights not there": (["--weights", "{tmp}/none.pth"], "cannot be read"),
+    "labels too few": (["--labels", "{tmp}/labels.txt"], "2 names, the model 1000 classes"),
+    "bad batch size": (["--batch-size", "many"], "--batch-size many"),
+    "bad actors": (["--actors", "2:1"], "--actors 2:1"),
+    "bad precision": (["--precision", "fp8"], "--precision fp8"),
+    "bad number": (["--top-k", "x"], "top-k"),
+    "unknown flag": (["--colour", "red"], "--colour"),
+    "tokens": (["--outputs", "embedding,tokens"], "tokens is not available yet"),
+    "image size": (["--image-size", "384"], "--image-size 384 is not available yet"),
+    "engine": (["--engine", "compile"], "--engine compile is not available yet"),
+    "decode": (["--decode", "fast"], "--decode fast is not available yet"),
+    "cluster": (["--ray-address", "auto"], "--ray-address auto is not available yet"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_told_before_any_work(case: str, shards: Path, tmp_path: Path) -> None:
+    """Exit 2, one sentence, no traceback, nothing written."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis.docx").write_text("")
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    safetensors.torch.save_file(oracle.module("test_vit3").state_dict(), tmp_path / "other.safetensors")
+    flags, message = WRONG[case]
+    defaults = {"--input": shards, "--output": tmp_path / "out", "--model": "test_vit", "--weights": "random:0"}
+    asked = defaults | {flags[0]: flags[1].format(tmp=tmp_path)}
+    code, out, err = call("embed", *(part for pair in asked.items() for part in pair))
+    assert code == 2, err
+    assert message in " ".join(err.split()) and "Traceback" not in err and out == ""
+    if not err.startswith("Usage:"):
+        assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out" / "versions").exists()
+
+
+def test_required_flags_are_asked_for() -> None:
+    """Leaving one out names it."""
+    assert call("embed")[0::2] == (2, "shard2vec: --input is missing: see `shard2vec embed --help`\n")
+
+
+@pytest.mark.parametrize("verb", ["demo", "embed", "status", "files", "verify", "describe", "gc"])
+def test_every_verb_shows_a_working_example(verb: str) -> None:
+    """--help says what the verb does and ends with a command to copy."""
+    code, out, _ = call(verb, "--help")
+    assert code == 0 and "Example: " in out and verb in out
+
+
+def test_a_job_file_stands_for_flags_and_the_command_line_wins(tmp_path: Path) -> None:
+    """Same names, lists for repeated flags, false leaves a switch out."""
+    (tmp_path / "job.yaml").write_text(
+        "input: [a.tar, b.tar]\nmodel: pit_s_224\ntop_k: 3\nnormalize: true\ndry-run: false\noutputs: [embedding, classes]\n"
+    )
+    argv = job_file.expand(["embed", "--config", str(tmp_path / "job.yaml"), "--top-k=7", "--model", "test_vit"])
+    assert argv == [
+        *("embed", "--top-k=7", "--model", "test_vit"),
+        *("--input", "a.tar", "--input", "b.tar", "--normalize", "--outputs", "embedding,classes"),
+    ]
+    (tmp_path / "bad.yaml").write_text("- a list\n")
+    for name, message in (("bad.yaml", "must be a mapping"), ("none.yaml", "cannot be read")):
+        with pytest.raises(UsageError, match=message):
+            job_file.expand(["embed", "--config", str(tmp_path / name)])
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """A committed output, made without Ray."""
+    folder = tmp_path_factory.mktemp("jobs")
+    receipts = made.embed(made.job(folder), shards)
+    versions.commit(Root(str(folder)), made.vector_set().name, [r.files for r in receipts])
+    return folder
+
+
+def test_status_files_verify(output: Path, shards: Path) -> None:
+    """The verbs that only read: for a person, and as JSON."""
+    code, out, _ = call("status", output)
+    assert code == 0 and "version 1" in out and "24 samples: 21 rows, 3 rejects" in out
+    told = json.loads(call("status", output, "--json")[1])
+    assert told["version"] == 1 and told["current"]["rejects"] == oracle.REJECTS
+    assert told["sets"][made.vector_set().name] == {"shards_done": 3, "current": True}
+    code, out, _ = call("files", output)
+    assert code == 0 and [Path(p).exists() for p in out.splitlines()] == [True] * 3
+    assert "/rejects/" in call("files", output, "--kind", "rejects")[1]
+    code, out, err = call("verify", output, "--input", shards, "--json")
+    assert code == 0 and "is whole" in err
+    told = json.loads(out)
+    assert {k: told[k] for k in ("ids", "missing", "duplicated", "not_finite", "bad_files")} == {
+        "ids": 24,
+        "missing": 0,
+        "duplicated": 0,
+        "not_finite": 0,
+        "bad_files": 0,
+    }
+
+
+def test_verify_ends_with_1_and_names_what_is_wrong(output: Path, shards: Path, tmp_path: Path) -> None:
+    """Against an input with one shard more, its ids are missing and named."""
+    import shutil
+
+    shutil.copytree(shards, tmp_path / "in")
+    write_tar(tmp_path / "in" / "more.tar", {"z.jpg": jpeg()})
+    code, _, err = call("verify", output, "--input", tmp_path / "in")
+    assert code == 1 and "more/z" in err and "is NOT whole" in err
+
+
+def test_gc_keeps_the_current_version(output: Path) -> None:
+    """At least one version stays, and what it names with it."""
+    assert call("gc", output, "--keep", 0)[0] == 2
+    code, out, _ = call("gc", output, "--keep", 1, "--json")
+    assert code == 0 and json.loads(out) == {"deleted": [], "versions": [1]}
+
+
+def test_reading_verbs_refuse_what_is_no_output(tmp_path: Path) -> None:
+    """A wrong path is told as such."""
+    for verb in ("status", "files", "verify"):
+        code, _, err = call(verb, tmp_path / "none")
+        assert code == 2 and "holds no output of ours" in err
+
+
+def test_describe_prints_the_card() -> None:
+    """The numbers of a model, without its weights."""
+    code, out, _ = call("describe", "test_vit", "--json")
+    card = json.loads(out)
+    assert code == 0 and card["embedding_dim"] == 64 and card["classes"] == 1000
+    code, out, _ = call("describe", "test_vit")
+    assert code == 0 and "embedding_dim  64" in out
+
+
+@pytest.mark.parametrize("model", [*oracle.SEEDS, *oracle.OTHERS])
+def test_the_command_lines_vectors_are_timms(model: str, shards: Path, tmp_path: Path, ray_session: None) -> None:
+    """For every seed model and every other layout and head: embedding and scores of `embed` are timm's own calls'."""
+    write_tar(
+        tmp_path / "x.tar", {f"{k}.jpg": v for k, v in list(oracle.good_images().items())[:4]} | {"photo_2.cls": b"5"}
+    )
+    args = ["embed", "--input", tmp_path / "x.tar", "--output", tmp_path / "out", "--model", model]
+    code, out, err = call(*args, "--weights", "random:0", "--precision", "fp32", "--batch-size", 3, "--json")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["rows"] == 4
+    images = list(oracle.good_images().values())[:4]
+    want = oracle.expected(model, images)
+    table = versions.open_dataset(str(tmp_path / "out")).to_table().to_pylist()
+    assert [r["key"] for r in table] == [f"photo_{i}" for i in range(4)]
+    assert oracle.relative(np.array([r["embedding"] for r in table]), want.embedding) < 1e-5
+    assert [r["label"] for r in table] == [None, None, 5, None]
+    if want.scores.shape[1] != 1000:
+        assert "topk_index" not in table[0]
+        return
+    order = np.argsort(-want.scores, axis=1, kind="stable")[:, :5]
+    assert [r["topk_index"] for r in table] == order.tolist()
+    scores = np.array([r["topk_score"] for r in table])
+    assert oracle.relative(scores, np.take_along_axis(want.scores, order, 1)) < 1e-5
+    assert all(len(r["topk_label"]) == 5 for r in table)
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "jobs", *map(str, args)]
+
+
+def start(*args: object, **options: object) -> subprocess.Popen:
+    """The real command in a process group of its own."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.Popen(
+        command(*args),
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )  # type: ignore[call-overload]
+
+
+def wait_for(found, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not found():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.02)
+
+
+def many_shards(folder: Path) -> Path:
+    for shard in range(6):
+        members = {f"{i:03d}.jpg": jpeg(90, 70, seed=shard * 50 + i) for i in range(40)}
+        write_tar(folder / f"s{shard}.tar", members | {"broken.jpg": b"\xff\xd8\xff no"})
+    return folder
+
+
+def slow_args(shards: Path, output: Path) -> list[object]:
+    """Small batches of a larger model, so that a kill falls in the middle of the work."""
+    asked = ["embed", "--input", shards, "--output", output, "--model", "pit_ti_224", "--weights", "random:0"]
+    return [*asked, "--batch-size", 2, "--precision", "fp32", "--max-reject-rate", 0.1, "--json"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_very_result_of_an_undisturbed_one(tmp_path: Path) -> None:
+    """SIGKILL of the whole process group, mid-shard; no half file is to be seen; the same command ends it right."""
+    shards = many_shards(tmp_path / "in")
+    output = tmp_path / "killed"
+    kills = 0
+    for finished in (1, 3):
+        run = start(*slow_args(shards, output))
+        embeddings = output / "sets"
+        wait_for(lambda n=finished: len(list(embeddings.rglob("embeddings/*.parquet"))) >= n or run.poll() is not None)
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.3)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+        kills += 1
+        assert not (output / "versions").exists()
+        for file in output.rglob("*.parquet"):
+            versions.read_files(
+                Root(str(output)), str(file.relative_to(output))
+            ) if "embeddings" in file.parts else None
+        # Ray's workers left the group; they end with their driver, but may finish the shard they are at.
+    run = start(*slow_args(shards, output))
+    out, err = run.communicate(timeout=240)
+    assert run.returncode == 0, err
+    told = json.loads(out.splitlines()[-1])
+    assert told["shards_unchanged"] >= 3 and told["shards_unchanged"] + told["shards_embedded"] == 6
+    undisturbed = start(*slow_args(shards, tmp_path / "whole"))
+    out, err = undisturbed.communicate(timeout=240)
+    assert undisturbed.returncode == 0, err
+    tables = [
+        versions.open_dataset(str(o), kind=kind).to_table().to_pylist()
+        for o in (output, tmp_path / "whole")
+        for kind in ("embeddings", "rejects")
+    ]
+    assert tables[0] == tables[2] and tables[1] == tables[3]
+    assert len(tables[0]) == 240 and len(tables[1]) == 6 and kills == 2
+    assert call("verify", output, "--input", shards)[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_soon_and_resumes(sent: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C and a scheduler's SIGTERM end with 130 in seconds, saying how to go on; status says interrupted."""
+    shards, output = many_shards(tmp_path / "in"), tmp_path / "out"
+    run = start(*slow_args(shards, output))
+    wait_for(lambda: list(output.rglob("embeddings/*.parquet")) or run.poll() is not None)
+    os.kill(run.pid, sent)
+    started = time.monotonic()
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert time.monotonic() - started < 30
+    assert "interrupted; run the same command to go on" in err and "Traceback" not in err
+    assert json.loads(out.splitlines()[-1])["version"] is None
+    assert json.loads(call("status", output, "--json")[1])["last_run"]["state"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_only_results_go_to_stdout_and_ray_is_silent(shards: Path, tmp_path: Path) -> None:
+    """stdout is one line of JSON; stderr holds our lines alone."""
+    run = start(*embed_args(shards, tmp_path / "out", "--json"))
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0 and len(out.splitlines()) == 1 and json.loads(out)["rows"] == 21
+    for line in err.splitlines():
+        assert line.startswith(("test_vit@", "embedding ", "shard2vec: ")), line
+
+
+@pytest.mark.slow
+def test_demo_shows_a_result(tmp_path: Path, ray_session: None) -> None:
+    """Shards, rejects by reason, a verified version, a table that pandas printed and a picture."""
+    code, out, err = call("demo", "--output", tmp_path / "demo", "--images", 48, "--model", "test_vit", "--json")
+    assert code == 0, err
+    told = json.loads(out.splitlines()[-1])
+    assert told["rows"] == 48 and sum(told["rejects"].values()) >= 4
+    assert "each exactly once: yes" in out and "pd.read_parquet" in out and "photos-00000/" in out
+    assert (tmp_path / "demo" / "neighbours.png").stat().st_size > 50_000
