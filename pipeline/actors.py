@@ -1,5 +1,6 @@
 """The Ray adapters: a local Ray, the actor that embeds shards, and the board on which actors say what they are at."""
 
+import io
 import logging
 import os
 import pickle
@@ -28,6 +29,9 @@ from pipeline.errors import UsageError
 from pipeline.listing import Shard
 
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it
+# One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
+# has a model and an interpreter of its own: 1 to 2 GB with the larger backbones.
+CPU_ACTOR_BYTES = 3 * 2**30
 RESTARTS = 4  # of one actor; Ray's own default is for ever
 TICK_S = 1.0
 SHARDS_A_CALL = 8  # several, so that reading goes on over shard ends; few, so that a lost actor repeats little
@@ -77,9 +81,10 @@ def _take_native_stderr() -> None:
 
     `sys.stderr` goes on to where descriptor 2 pointed, so what Python prints is seen as before.
     """
-    if sys.stderr is not sys.__stderr__ or sys.__stderr__ is None or sys.__stderr__.fileno() != 2:
+    shown = sys.stderr
+    if not isinstance(shown, io.TextIOWrapper) or shown is not sys.__stderr__ or shown.fileno() != 2:
         return  # done before, or somebody captures it
-    sys.stderr.flush()
+    shown.flush()
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -154,20 +159,25 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
 
 
-def pool(config: RunConfig, device: str, shards: int) -> tuple[tuple[int, int], float, int]:
-    """(least, most) actors, GPUs of each, threads of each, for this machine and so many shards."""
+def pool(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[int, int], float, int]:
+    """(least, most) actors, GPUs of each, threads of each, on this machine.
+
+    Threads go by all shards of the listing, not by those to do: a resumed run computes with as many as the first, so
+    that its vectors have the same bits.
+    """
     resources = ray.cluster_resources()
     cpus = max(1, int(resources.get("CPU", 1)))
     if device == "cuda":
         gpus = 1.0 if config.gpus_per_actor is None else config.gpus_per_actor
         default = max(1, int(resources.get("GPU", 0) / gpus)) if gpus else 1
     else:
-        gpus, default = 0.0, 1
+        gpus, default = 0.0, max(1, min(cpus, int(resources.get("memory", 0) / CPU_ACTOR_BYTES)))
     least, most = config.actors or (default, default)
     if gpus and least * gpus > resources.get("GPU", 0):
         raise UsageError(f"--actors {least} with {gpus} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
-    most = max(1, min(most, shards))
-    return (min(least, most), most), gpus, max(1, cpus // most)
+    threads = max(1, cpus // max(1, min(most, shards)))
+    most = max(1, min(most, todo))
+    return (min(least, most), most), gpus, threads
 
 
 def embed_on_ray(

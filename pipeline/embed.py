@@ -7,9 +7,8 @@ between two shards. A batch never mixes shards: a row's vector depends on its ow
 """
 
 import queue
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import torch
 from pipeline.backbone import Backbone, Vectors
 from pipeline.config import VectorSet
 from pipeline.errors import Reject, StorageError
+from pipeline.flow import ByteBudget, Flow
 from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard
 from pipeline.rows import NotFinite, ShardWriter
@@ -144,7 +144,7 @@ class Embedder:
     def _read(
         self,
         shards: Iterable[Shard],
-        flow: "Flow",
+        flow: Flow,
         feed: queue.Queue[Any],
         decoders: ThreadPoolExecutor,
         fetchers: ThreadPoolExecutor,
@@ -167,7 +167,7 @@ class Embedder:
                 work.error = f"read: {e}"
             flow.put(feed, (work, None, None))
 
-    def _decode(self, sample: Sample, fetched: Future[bytes] | None, budget: "ByteBudget", size: int) -> Outcome:
+    def _decode(self, sample: Sample, fetched: Future[bytes] | None, budget: ByteBudget, size: int) -> Outcome:
         started = time.perf_counter()
         data = sample.image
         try:
@@ -185,7 +185,7 @@ class Embedder:
 
     # this thread
 
-    def _forward(self, flow: "Flow", feed: queue.Queue[Any], to_write: queue.Queue[Any]) -> Iterator[None]:
+    def _forward(self, flow: Flow, feed: queue.Queue[Any], to_write: queue.Queue[Any]) -> Iterator[None]:
         """Fills batches in the shard's order and sends them through the backbone; steps once an event."""
         samples: list[Sample] = []
         decoded: list[Decoded] = []
@@ -237,7 +237,7 @@ class Embedder:
 
     # writer thread
 
-    def _write(self, flow: "Flow", to_write: queue.Queue[Any], receipts: queue.Queue[Receipt]) -> None:
+    def _write(self, flow: Flow, to_write: queue.Queue[Any], receipts: queue.Queue[Receipt]) -> None:
         while (event := flow.get(to_write)) is not None:
             work: Work = event[0]  # the first event of a shard only opens it
             events = _until_end(work, flow, to_write)
@@ -280,7 +280,7 @@ class Embedder:
         work.seconds["write"] += time.perf_counter() - started
 
 
-def _until_end(work: Work, flow: "Flow", to_write: queue.Queue[Any]) -> Iterator[Batch | Refused]:
+def _until_end(work: Work, flow: Flow, to_write: queue.Queue[Any]) -> Iterator[Batch | Refused]:
     while (event := flow.get(to_write)[1]) is not END:
         yield event
 
@@ -314,95 +314,6 @@ def _timed(samples: Iterator[Sample], work: Work, stage: str) -> Iterator[Sample
         if sample is None:
             return
         yield sample
-
-
-class Stopped(Exception):
-    """Raised in a thread of the flow that waits when the flow has ended."""
-
-
-class Flow:
-    """Threads around bounded queues that end together: whoever waits is woken when one of them fails."""
-
-    POLL_S = 0.2
-
-    def __init__(self) -> None:
-        self._stopping = threading.Event()
-        self._error: BaseException | None = None
-
-    def start(self, run: Callable[[], None], then: "queue.Queue[Any] | None" = None) -> threading.Thread:
-        """Runs in a thread; puts None to `then` at the end of it."""
-
-        def body() -> None:
-            try:
-                run()
-                if then is not None:
-                    self.put(then, None)
-            except Stopped:
-                pass
-            except BaseException as e:  # handed to the thread that called us, which raises it
-                self._error = e
-                self._stopping.set()
-
-        thread = threading.Thread(target=body, daemon=True)
-        thread.start()
-        return thread
-
-    def stop(self) -> None:
-        self._stopping.set()
-
-    @property
-    def stopped(self) -> bool:
-        return self._stopping.is_set()
-
-    def check(self) -> None:
-        if self._error is not None:
-            raise self._error
-        if self._stopping.is_set():
-            raise Stopped
-
-    def put(self, target: "queue.Queue[Any]", item: object) -> None:
-        while True:
-            self.check()
-            try:
-                return target.put(item, timeout=self.POLL_S)
-            except queue.Full:
-                pass
-
-    def get(self, source: "queue.Queue[Any]") -> Any:
-        while True:
-            self.check()
-            try:
-                return source.get(timeout=self.POLL_S)
-            except queue.Empty:
-                pass
-
-    def wait(self, future: "Future[Outcome]") -> Outcome:
-        while True:
-            self.check()
-            try:
-                return future.result(timeout=self.POLL_S)
-            except TimeoutError:
-                if future.done():  # the sample's own TimeoutError, not our waiting
-                    return future.result()
-
-
-class ByteBudget:
-    """Bytes of encoded images in memory at once; a single image beyond the limit passes when nothing else is there."""
-
-    def __init__(self, limit: int):
-        self._limit, self._taken, self._freed = limit, 0, threading.Condition()
-
-    def take(self, count: int, flow: Flow) -> None:
-        with self._freed:
-            while self._taken and self._taken + count > self._limit:
-                flow.check()
-                self._freed.wait(Flow.POLL_S)
-            self._taken += count
-
-    def give(self, count: int) -> None:
-        with self._freed:
-            self._taken -= count
-            self._freed.notify_all()
 
 
 def embed_shards(job: Job, backbone: Backbone, shards: Sequence[Shard]) -> list[Receipt]:

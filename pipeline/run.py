@@ -170,7 +170,7 @@ def _embed_todo(run: Run, state: State, note: Note, say: Callable[[str], None]) 
     staged, _ = weights.stage(run.module)
     run.module = None  # the actors load their own
     with actors.local_ray():
-        pool, gpus, run.threads = actors.pool(run.config, run.device, len(run.todo))
+        pool, gpus, run.threads = actors.pool(run.config, run.device, len(run.shards), len(run.todo))
         run.actors = pool[1]
         job = Job(
             vectors=run.vectors,

@@ -16,7 +16,8 @@ from containers import write_parquet, write_tar
 from pictures import jpeg
 
 from pipeline import embed as embed_module
-from pipeline.embed import ByteBudget, Flow, Receipt
+from pipeline.embed import Receipt
+from pipeline.flow import ByteBudget, Flow
 from pipeline.listing import list_shards
 from pipeline.shards import read_samples
 from pipeline.storage import Root

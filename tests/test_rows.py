@@ -82,10 +82,21 @@ def test_metadata_tells_what_made_the_file(files: tuple[Path, Path]) -> None:
     """Both files carry the set, the model, the weights, the preprocessing and the versions of the packages."""
     for file in files:
         keys = {k.decode() for k in pq.read_metadata(file).metadata}
-        wanted = (
-            "set model weights_sha256 preprocessing precision engine decode pooling normalized dim input_etag "
-            "schema_version packages"
-        ).split()
+        wanted = [
+            "set",
+            "model",
+            "weights_sha256",
+            "preprocessing",
+            "precision",
+            "engine",
+            "decode",
+            "pooling",
+            "normalized",
+            "dim",
+            "input_etag",
+            "schema_version",
+            "packages",
+        ]
         assert {f"shard2vec.{k}" for k in wanted} <= keys
 
 

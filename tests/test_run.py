@@ -1,7 +1,6 @@
 """The whole run on a local Ray: committed, resumable, incremental, gated."""
 
 import json
-import os
 import shutil
 import socket
 from dataclasses import replace
@@ -36,6 +35,7 @@ def config(inputs: Path, output: Path, **changes: object) -> RunConfig:
         precision="fp32",
         batch_size=4,
         max_reject_rate=0.2,
+        actors=(1, 1),
     )
     return replace(asked, **changes)  # type: ignore[arg-type]
 

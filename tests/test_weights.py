@@ -108,8 +108,8 @@ def save_local_dir(folder: Path, classes: int, stored: int) -> Path:
     net = timm.create_model("test_vit", num_classes=stored)
     folder.mkdir()
     safetensors.torch.save_file(net.state_dict(), folder / "model.safetensors")
-    cfg = {"input_size": [3, 160, 160], "num_classes": stored, "fixed_input_size": True, "classifier": "head", "first_conv": "patch_embed.proj",
-           "label_names": [f"n{i}" for i in range(stored)]}  # fmt: skip
+    cfg = {"input_size": [3, 160, 160], "fixed_input_size": True, "num_classes": stored, "classifier": "head"}
+    cfg |= {"first_conv": "patch_embed.proj", "label_names": [f"n{i}" for i in range(stored)]}
     config = {"architecture": "test_vit", "num_classes": classes, "pretrained_cfg": cfg}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

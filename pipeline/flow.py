@@ -1,0 +1,98 @@
+"""Threads around bounded queues that end together, and a bound on the bytes between them."""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """Raised in a thread of the flow that waits when the flow has ended."""
+
+
+class Flow:
+    """Threads around bounded queues that end together: whoever waits is woken when one of them fails."""
+
+    POLL_S = 0.2
+
+    def __init__(self) -> None:
+        self._stopping = threading.Event()
+        self._error: BaseException | None = None
+
+    def start(self, run: Callable[[], None], then: "queue.Queue[Any] | None" = None) -> threading.Thread:
+        """Runs in a thread; puts None to `then` at the end of it."""
+
+        def body() -> None:
+            try:
+                run()
+                if then is not None:
+                    self.put(then, None)
+            except Stopped:
+                pass
+            except BaseException as e:  # handed to the thread that called us, which raises it
+                self._error = e
+                self._stopping.set()
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopping.is_set()
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._stopping.is_set():
+            raise Stopped
+
+    def put(self, target: "queue.Queue[Any]", item: object) -> None:
+        while True:
+            self.check()
+            try:
+                return target.put(item, timeout=self.POLL_S)
+            except queue.Full:
+                pass
+
+    def get(self, source: "queue.Queue[Any]") -> Any:
+        while True:
+            self.check()
+            try:
+                return source.get(timeout=self.POLL_S)
+            except queue.Empty:
+                pass
+
+    def wait(self, future: "Future[T]") -> T:
+        while True:
+            self.check()
+            try:
+                return future.result(timeout=self.POLL_S)
+            except TimeoutError:
+                if future.done():  # the sample's own TimeoutError, not our waiting
+                    return future.result()
+
+
+class ByteBudget:
+    """Bytes of encoded images in memory at once; a single image beyond the limit passes when nothing else is there."""
+
+    def __init__(self, limit: int):
+        self._limit, self._taken, self._freed = limit, 0, threading.Condition()
+
+    def take(self, count: int, flow: Flow) -> None:
+        with self._freed:
+            while self._taken and self._taken + count > self._limit:
+                flow.check()
+                self._freed.wait(Flow.POLL_S)
+            self._taken += count
+
+    def give(self, count: int) -> None:
+        with self._freed:
+            self._taken -= count
+            self._freed.notify_all()
