@@ -140,7 +140,8 @@ def difference(model: str, tars: list[Path], folder: Path, scratch: Path) -> str
     order = np.argsort(-scores.numpy(), axis=1, kind="stable")[:, :5]
     same = (np.stack(table["topk_index"]) == order).mean()
     score = np.abs(np.stack(table["topk_score"]) - np.take_along_axis(scores.numpy(), order, 1)).max()
-    return f"{len(ids)} images: embedding {np.abs(got - want).max() / np.abs(want).max():.1e}, score {score:.1e}, top-5 {same:.2%}"
+    apart = np.abs(got - want).max() / np.abs(want).max()
+    return f"{len(ids)} images: embedding {apart:.1e}, score {score:.1e}, top-5 {same:.2%}"
 
 
 def shown(values: list[float]) -> str:

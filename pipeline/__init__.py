@@ -8,7 +8,7 @@ actor streams shards through `embed.Embedder`: read, decode, forward, write), co
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["embed", "files", "open_dataset"]
+__all__ = ["files", "open_dataset"]
 
 
 def __getattr__(name: str) -> Any:
