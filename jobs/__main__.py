@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 import stamina
 import typer
@@ -24,6 +25,8 @@ for verb in (demo, embed, status, files, verify, describe, gc):
 
 def main() -> None:
     """The console script."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # timm's and torch's hints to their own callers; `python -W` shows them
     logging.basicConfig(level=os.environ.get("SHARD2VEC_LOG", "ERROR"))
     stamina.instrumentation.set_on_retry_hooks([])  # its default prints a bare line for every retry
     try:
@@ -34,8 +37,8 @@ def main() -> None:
     try:
         app(argv)
     except SystemExit as e:
-        # Straight out: about one in twenty exits after `import torch` aborted in the interpreter's own teardown
-        # ("terminate called without an active exception"), which turned a committed run into exit code 134.
+        # Straight out: an exit after `import torch` has aborted in the interpreter's own teardown ("terminate called
+        # without an active exception", seen once in some thirty), which would make a committed run end with 134.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(e.code if isinstance(e.code, int) else 1)

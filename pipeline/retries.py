@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import StorageError
 
-READ_BLOCK_BYTES = 16 * 2**20  # one range request; s3fs gave 702 MB/s at 32 MiB, 4 MiB blocks less than half of it
+READ_BLOCK_BYTES = 16 * 2**20  # one range request: long enough to hide its latency, small beside the images under way
 ATTEMPTS = 16  # and no new one after GIVE_UP_S: a store that is away for a minute costs no shard
 WAIT_S, WAIT_MAX_S, GIVE_UP_S = 0.2, 10.0, 90.0
 MESSAGE_CHARS = 300  # of a client's message; botocore's longest recite their regular expressions

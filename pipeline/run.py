@@ -216,12 +216,18 @@ def _watched(
             arrived.put(e)
 
     threading.Thread(target=drain, daemon=True).start()
-    moved_at, last_seen = time.monotonic(), (-1, -1)
+    moved_at = time.monotonic()
+    last_seen, last_looked = (-1, -1), 0.0
     while True:
         try:
             item = arrived.get(timeout=POLL_S)
         except queue.Empty:
             item = ()
+        if isinstance(item, Receipt):
+            yield item
+        if isinstance(item, Receipt) and time.monotonic() - last_looked < POLL_S:
+            continue
+        last_looked = time.monotonic()
         said = actors.read_board(board)
         state.see(said.values())
         display.show()
@@ -230,8 +236,6 @@ def _watched(
             return
         if isinstance(item, Exception):
             raise Failed(f"the workers failed: {actors.cause(item)}") from item
-        if isinstance(item, Receipt):
-            yield item
         seen = (state.shards_done, state.images + state.rejects)
         if seen != last_seen:
             moved_at, last_seen = time.monotonic(), seen

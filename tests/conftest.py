@@ -1,13 +1,11 @@
 """What tests share: one Ray for the whole session, seeded tiny backbones, small shards of procedural photos."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # containers, pictures, oracle
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
 

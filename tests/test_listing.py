@@ -7,12 +7,12 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
+from containers import serving, write_folder, write_parquet, write_tar
 
 from pipeline.columns import Columns
 from pipeline.errors import UsageError
 from pipeline.listing import list_shards
 from pipeline.storage import digest
-from tests.containers import serving, write_folder, write_parquet, write_tar
 
 IMAGE = {"a.jpg": b"a"}
 

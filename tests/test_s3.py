@@ -1,6 +1,7 @@
 """The promises of pipeline/storage.py on a real S3 server, addressed as users do: by the usual environment."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -10,17 +11,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import fsspec
+import numpy as np
+import oracle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
+from containers import tar_bytes
+from s3_server import S3Server
 
+from pipeline import open_dataset
 from pipeline.errors import UsageError
 from pipeline.storage import Root, is_unchanged, list_files, open_input, read_bytes, resolve
-from tests.containers import tar_bytes
-from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
@@ -267,3 +272,44 @@ def test_a_read_survives_the_death_of_the_server(bucket: str, server: S3Server) 
         restart.join()
     assert first + rest == content
     assert Root(f"{bucket}/in").put_new("y", b"1") and not Root(f"{bucket}/in").put_new("x.tar", b"1")
+
+
+def test_a_job_that_knows_only_urls(bucket: str, server: S3Server, shards: Path, tmp_path: Path) -> None:
+    """Input, output, weights, labels and job file on S3: committed, verified, resumed, and no key written anywhere."""
+    for path in ("a/one.tar", "a/two.tar", "three.tar.gz"):
+        put(f"{bucket}/in/{path}", (shards / path).read_bytes())
+    put(f"{bucket}/w/model.safetensors", safetensors.torch.save(oracle.module("test_vit", 3).state_dict()))
+    put(f"{bucket}/labels.txt", "".join(f"thing {i}\n" for i in range(1000)).encode())
+    job = {
+        "input": [f"{bucket}/in"],
+        "output": f"{bucket}/out",
+        "model": "test_vit",
+        "weights": f"{bucket}/w/model.safetensors",
+        "labels": f"{bucket}/labels.txt",
+        "precision": "fp32",
+        "actors": 1,
+        "max-reject-rate": 0.2,
+        "json": True,
+    }
+    put(f"{bucket}/job.yaml", json.dumps(job).encode())
+
+    def call(*args: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "jobs", *args]
+        done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert server.secret not in done.stderr + done.stdout
+        return cast(dict[str, Any], json.loads(done.stdout.splitlines()[-1]))
+
+    told = call("embed", "--config", f"{bucket}/job.yaml")
+    assert (told["version"], told["rows"], told["rejects"]) == (1, 21, oracle.REJECTS)
+    again = call("embed", "--config", f"{bucket}/job.yaml")
+    assert (again["version"], again["shards_embedded"], again["shards_unchanged"]) == (1, 0, 3)
+    assert call("verify", f"{bucket}/out", "--input", f"{bucket}/in", "--json")["ids"] == 24
+    images = oracle.images_by_id(shards)
+    found = {row["id"]: row for row in open_dataset(f"{bucket}/out").to_table().to_pylist()}
+    want = oracle.expected("test_vit", list(images.values()), seed=3).embedding
+    assert oracle.relative(np.array([found[i]["embedding"] for i in images]), want) < 1e-5
+    assert all(row["topk_label"][0] == f"thing {row['topk_index'][0]}" for row in found.values())
+    for entry in list_files(f"{bucket}/out"):
+        content = read_bytes(entry.url)
+        assert server.secret.encode() not in content and server.key.encode() not in content

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from containers import serving, tar_bytes, write_folder, write_parquet, write_tar
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,6 @@ from pipeline.listing import Shard, list_shards
 from pipeline.shards import Sample, fetch, read_keys, read_samples
 from pipeline.storage import Entry
 from pipeline.tables import read_rows
-from tests.containers import serving, tar_bytes, write_folder, write_parquet, write_tar
 
 
 def shard_of(path: Path, form: str, columns: Columns = UNNAMED) -> Shard:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import stamina
 from botocore.exceptions import ClientError, NoCredentialsError  # type: ignore[import-untyped]
+from containers import serving, tar_bytes
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from s3fs.errors import translate_boto_error  # type: ignore[import-untyped]
@@ -39,7 +40,6 @@ from pipeline.storage import (
     redact,
     resolve,
 )
-from tests.containers import serving, tar_bytes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Fault = Callable[[bytes], bytes]
