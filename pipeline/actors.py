@@ -24,7 +24,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline.config import RunConfig
-from pipeline.embed import Embedder, Job, Receipt
+from pipeline.embed import Embedder, Job, Receipt, worker_name
 from pipeline.errors import UsageError
 from pipeline.listing import Shard
 
@@ -128,7 +128,7 @@ class EmbedShards:
             batch_size=job.batch_size,
         )
         self._embedder = Embedder(job, backbone)
-        self._board, self._name = board, f"{os.uname().nodename}:{os.getpid()}"
+        self._board, self._name = board, worker_name()
         threading.Thread(target=self._tick, daemon=True).start()
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:

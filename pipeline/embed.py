@@ -6,6 +6,8 @@ Reader and decoders run ahead over the ends of shards, bounded in images and in 
 between two shards. A batch never mixes shards: a row's vector depends on its own shard alone, whatever ran before.
 """
 
+import os
+import platform
 import queue
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +63,7 @@ class Receipt:
     seconds: dict[str, float]  # by stage; decode sums over its threads
     started: float  # Unix time
     ended: float
+    worker: str  # host and process
 
 
 @dataclass
@@ -285,6 +288,10 @@ def _until_end(work: Work, flow: Flow, to_write: queue.Queue[Any]) -> Iterator[B
         yield event
 
 
+def worker_name() -> str:
+    return f"{platform.node()}:{os.getpid()}"
+
+
 def _receipt(work: Work, files: ShardFiles | None, embedded: bool) -> Receipt:
     return Receipt(
         shard=work.shard.name,
@@ -295,6 +302,7 @@ def _receipt(work: Work, files: ShardFiles | None, embedded: bool) -> Receipt:
         seconds=work.seconds,
         started=work.started,
         ended=time.time(),
+        worker=worker_name(),
     )
 
 

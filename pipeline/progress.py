@@ -153,23 +153,28 @@ def is_alive(state: State) -> bool:
 
 @dataclass(frozen=True)
 class Speed:
-    """`images_per_s`: samples over the time between the first shard's start and the last one's end."""
+    """`images_per_s`: the steady rate, each worker's samples over its own first start to last end, summed."""
 
     images_per_s: float
     limited_by: str  # a stage, or "nothing to do"
-    busy: dict[str, float]  # by stage: share of its own capacity
     sentence: str
 
 
-def speed(receipts: Sequence[Receipt], actors: int, decode_threads: int) -> Speed:
+def speed(receipts: Sequence[Receipt], decode_threads: int) -> Speed:
     """What the run reached and which stage was busiest: seconds at work by seconds that its threads had."""
     done = [r for r in receipts if r.embedded and r.files]
     if not done:
-        return Speed(0.0, "nothing to do", {}, "nothing to embed: every shard was done")
-    span = max(r.ended for r in done) - min(r.started for r in done)
-    capacity = {"read": 1, "decode": decode_threads, "forward": 1, "write": 1}
-    busy = {s: sum(r.seconds[s] for r in done) / (span * actors * capacity[s]) for s in STAGES}
+        return Speed(0.0, "nothing to do", "nothing to embed: every shard was done")
+    images_per_s = capacity_s = 0.0
+    for worker in {r.worker for r in done}:
+        own = [r for r in done if r.worker == worker]
+        span = max(1e-3, max(r.ended for r in own) - min(r.started for r in own))
+        images_per_s += sum(r.files.counts.samples for r in own if r.files) / span
+        capacity_s += span
+    threads = {"read": 1, "decode": decode_threads, "forward": 1, "write": 1}
+    busy = {s: sum(r.seconds[s] for r in done) / (capacity_s * threads[s]) for s in STAGES}
     limit = max(busy, key=lambda s: busy[s])
-    images = sum(r.files.counts.samples for r in done if r.files) / span
     others = ", ".join(f"{s} {busy[s]:.0%}" for s in STAGES if s != limit)
-    return Speed(images, limit, busy, f"{images:,.1f} images/s, limited by {limit} ({busy[limit]:.0%} busy; {others})")
+    return Speed(
+        images_per_s, limit, f"{images_per_s:,.1f} images/s, limited by {limit} ({busy[limit]:.0%} busy; {others})"
+    )

@@ -51,7 +51,6 @@ class Run:
     removed: list[str]
     started: float  # time.monotonic()
     receipts: list[Receipt] = field(default_factory=list)
-    actors: int = 1
     threads: int = 1  # that decode, of each actor
 
 
@@ -171,7 +170,6 @@ def _embed_todo(run: Run, state: State, note: Note, say: Callable[[str], None]) 
     run.module = None  # the actors load their own
     with actors.local_ray():
         pool, gpus, run.threads = actors.pool(run.config, run.device, len(run.shards), len(run.todo))
-        run.actors = pool[1]
         job = Job(
             vectors=run.vectors,
             labels=run.labels,
@@ -282,7 +280,7 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
     """The object of `embed --json`; counts are over all shards of the result, speed over what this run embedded."""
     embedded = [r.files for r in run.receipts if r.files and r.embedded]
     total = versions.totals(files or embedded)
-    pace = speed(run.receipts, run.actors, run.threads)
+    pace = speed(run.receipts, run.threads)
     seconds = time.monotonic() - run.started
     accuracy = {"top1": total.top1 / total.labelled, "top5": total.top5 / total.labelled} if total.labelled else {}
     return {
