@@ -1,5 +1,5 @@
 # Each target does its own set-up: a .venv from requirements.lock, with Python 3.11 or newer.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .PHONY: demo test check lint types lock clean

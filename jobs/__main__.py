@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 
 import stamina
 import typer
@@ -39,8 +40,9 @@ def main() -> None:
     except SystemExit as e:
         # Straight out: an exit after `import torch` has aborted in the interpreter's own teardown ("terminate called
         # without an active exception", seen once in some thirty), which would make a committed run end with 134.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):  # the reader of our output has left
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(e.code if isinstance(e.code, int) else 1)
 
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+import shutil
 import socket
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -43,7 +46,10 @@ def demo(
 
         shards, out = output / "shards", output / "vectors"
         if not shards.exists():
-            made = pictures.write_shards(shards, images=images)
+            making = output / "shards.part"
+            shutil.rmtree(making, ignore_errors=True)
+            made = pictures.write_shards(making, images=images)
+            making.rename(shards)  # whole or not at all: an interrupted demo starts it anew
             exits.say(f"made {made['images']} images in {shards}, broken on purpose: {made['broken']}")
         weights = _weights(model)
         exits.say(
@@ -62,13 +68,15 @@ def demo(
             version = versions.current(root)
             found = verify(root, version)
             sheet = _draw_neighbours(shards, str(out), output / "neighbours.png")
-            print(_summary(result.json, found.ids, found.clean, version.version, sheet))
-            _show_reading(str(out))
+            with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+                print(_summary(result.json, found.ids, found.clean, version.version, sheet))
+                _show_reading(str(out))
+            result = result if found.clean else replace(result, exit_code=exits.FAILED)
         if json:
             exits.print_json(result.json)
         return result.exit_code
 
-    exits.run(body)
+    exits.run(body, json)
 
 
 def _weights(model: str) -> str:

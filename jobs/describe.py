@@ -27,7 +27,7 @@ def describe(
                 print(f"{name:>14}  {_text(value)}")
         return 0
 
-    exits.run(body)
+    exits.run(body, json)
 
 
 def _text(value: Any) -> str:

@@ -87,7 +87,7 @@ def embed(
             exits.print_json(result.json)
         return result.exit_code
 
-    exits.run(body)
+    exits.run(body, json)
 
 
 def _refuse_unavailable(*, image_size: str | None, engine: str, decode: str, ray_address: str | None) -> None:

@@ -21,20 +21,26 @@ def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
-def run(verb: Callable[[], int]) -> None:
-    """Runs the verb's body, which returns its exit code, and exits. Our own defects keep their traceback."""
+def run(verb: Callable[[], int], as_json: bool) -> None:
+    """Runs the verb's body, which returns its exit code, and exits. Our own defects keep their traceback.
+
+    `as_json`: what ends the verb before its own result goes to stdout as an object with `error` and `exit_code`.
+    """
     try:
         code = verb()
-    except UsageError as e:
-        say(f"shard2vec: {e}")
-        code = USAGE
-    except StorageError as e:
-        say(f"shard2vec: {e}")
-        code = FAILED
-    except KeyboardInterrupt:
-        say("shard2vec: interrupted; run the same command to go on")
-        code = INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has left, as `| head` does
-        code = FAILED
+        code = FAILED  # the reader of our output has left, as `| head` does
+    except UsageError as e:
+        code = _failed(USAGE, str(e), as_json)
+    except (StorageError, OSError) as e:
+        code = _failed(FAILED, str(e), as_json)
+    except KeyboardInterrupt:
+        code = _failed(INTERRUPTED, "interrupted; run the same command to go on", as_json)
     raise typer.Exit(code)
+
+
+def _failed(code: int, message: str, as_json: bool) -> int:
+    say(f"shard2vec: {message}")
+    if as_json:
+        print_json({"error": message, "exit_code": code})
+    return code

@@ -29,4 +29,4 @@ def files(
                 print(name)
         return 0
 
-    exits.run(body)
+    exits.run(body, json)

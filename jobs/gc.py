@@ -13,7 +13,7 @@ def gc(
     keep: Annotated[int, typer.Option(help="Versions to keep, newest first; at least 1")],
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
 ) -> None:
-    """Delete what no kept version names; the unfinished shards of a run that is alive stay.
+    """Delete what no kept version names; what belongs to a set that a run is writing now stays.
 
     Example: shard2vec gc out --keep 2
     """
@@ -24,12 +24,15 @@ def gc(
         if keep < 1:
             raise UsageError(f"--keep {keep}: must be 1 or more, the current version always stays")
         root = versions.existing_output(output)
-        live = {run.set for run in progress.read_notes(root) if progress.is_alive(run)}
-        deleted = versions.collect_garbage(root, keep, live)
+
+        def live_sets() -> set[str]:
+            return {run.set for run in progress.read_notes(root) if progress.is_alive(run)}
+
+        deleted = versions.collect_garbage(root, keep, live_sets)
         kept = versions.numbers(root)
         exits.say(f"shard2vec: deleted {len(deleted):,} files; versions kept: {', '.join(map(str, kept)) or 'none'}")
         if json:
             exits.print_json({"deleted": deleted, "versions": kept})
         return 0
 
-    exits.run(body)
+    exits.run(body, json)

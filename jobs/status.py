@@ -26,7 +26,7 @@ def status(
             _show(found)
         return 0
 
-    exits.run(body)
+    exits.run(body, json)
 
 
 def _look(output: str) -> dict[str, Any]:

@@ -45,4 +45,4 @@ def verify(
             exits.print_json({"version": committed.version, "set": committed.set, **vars(found)})
         return 0 if found.clean else exits.FAILED
 
-    exits.run(body)
+    exits.run(body, json)

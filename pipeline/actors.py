@@ -4,6 +4,8 @@ import io
 import logging
 import os
 import pickle
+import secrets
+import signal
 import sys
 import threading
 import time
@@ -14,9 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Read when Ray is imported: no telemetry, no token file for a Ray that only this machine sees, no chatter.
+# Read when Ray is imported: no telemetry, no chatter, and a token of this run's own. Without it Ray writes one to the
+# user's home, which a later `ray start` then asks for; with authentication off any process that reaches its port may
+# run code here.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
@@ -43,16 +48,25 @@ BOARD_TIMEOUT_S = 5.0
 def local_ray() -> Iterator[None]:
     """A Ray of this machine alone, quiet; one that runs in this process already is used, and left running."""
     ours = not ray.is_initialized()
-    start_ray()
-    try:
-        yield
-    finally:
-        if ours:
-            ray.shutdown()
+    context = DataContext.get_current()
+    before = (context.enable_progress_bars, context.execution_no_progress_timeout_s, context.target_max_block_size)
+    terminated = signal.getsignal(signal.SIGTERM)
+    with _native_stderr_silenced():
+        try:
+            start_ray()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminated)  # Ray puts its own there, which exits with 15
+            yield
+        finally:
+            if ours:
+                ray.shutdown()
+            context.enable_progress_bars, context.execution_no_progress_timeout_s, context.target_max_block_size = (
+                before
+            )
 
 
 def start_ray() -> None:
-    _take_native_stderr()
+    """Starts Ray unless it runs here already, and sets what our one flow needs of Ray Data."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\..*")
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
@@ -76,19 +90,34 @@ def start_ray() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _take_native_stderr() -> None:
+@contextmanager
+def _native_stderr_silenced() -> Iterator[None]:
     """Silences Ray's C++ core, which writes to file descriptor 2 past every Python setting.
 
-    `sys.stderr` goes on to where descriptor 2 pointed, so what Python prints is seen as before.
+    Meanwhile `sys.stderr` and the log handlers write to where descriptor 2 pointed, so Python is heard as before.
     """
     shown = sys.stderr
     if not isinstance(shown, io.TextIOWrapper) or shown is not sys.__stderr__ or shown.fileno() != 2:
-        return  # done before, or somebody captures it
+        yield  # somebody captures it
+        return
     shown.flush()
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    kept = os.dup(2)
+    sys.stderr = os.fdopen(kept, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    handlers = [h for h in logging.getLogger().handlers if getattr(h, "stream", None) is shown]
+    for handler in handlers:
+        handler.setStream(sys.stderr)  # type: ignore[attr-defined]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        sys.stderr = shown
+        for handler in handlers:
+            handler.setStream(shown)  # type: ignore[attr-defined]
+        os.close(kept)
 
 
 class Board:
@@ -198,7 +227,9 @@ def embed_on_ray(
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )
-        .iter_rows()
+        # Without prefetching, which would hold each receipt back until the next one is there.
+        .iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
     )
-    for row in receipts:
-        yield pickle.loads(row["receipt"])
+    for batch in receipts:
+        for receipt in batch["receipt"]:
+            yield pickle.loads(receipt)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.images import Preprocessing
 from pipeline.storage import read_bytes, redact
 
@@ -72,8 +72,6 @@ def preprocessing_of(module: torch.nn.Module) -> Preprocessing:
 def facts_of(module: torch.nn.Module, model: str) -> Facts:
     """Runs one blank image through the model on the CPU. Raises `UsageError` where it takes no plain image batch."""
     preprocessing = preprocessing_of(module)
-    if preprocessing.input_size[0] != 3:
-        raise UsageError(f"model {model} wants {preprocessing.input_size[0]} channels: only RGB models are supported")
     blank = torch.zeros(1, *preprocessing.input_size)
     try:
         with torch.inference_mode():
@@ -116,7 +114,7 @@ def read_labels(url: str, classes: int) -> tuple[str, ...]:
     """Class names, one a line. Raises `UsageError` where the file is not there or has another number of lines."""
     try:
         lines = read_bytes(url).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, StorageError, UnicodeDecodeError) as e:
         raise UsageError(f"labels {redact(url)} cannot be read: {e}") from e
     while lines and not lines[-1].strip():
         lines.pop()

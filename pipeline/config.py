@@ -16,6 +16,8 @@ OUTPUTS = ("embedding", "classes")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 VECTOR_TYPES = ("float32", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+MAX_BATCH = 4096  # half a row group, and more than any device gains from
+MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +62,16 @@ class RunConfig:
             _one_of("--outputs", output, OUTPUTS)
         if self.outputs is not None and "embedding" not in self.outputs:
             raise UsageError(f"--outputs {','.join(self.outputs)}: every row has an embedding; add `embedding`")
-        if self.weights.startswith("random:") and not self.weights.removeprefix("random:").isdecimal():
-            raise UsageError(f"--weights {self.weights}: the seed must be a whole number, as in random:0")
+        if self.weights.startswith("random:"):
+            seed = self.weights.removeprefix("random:")
+            if not (seed.isascii() and seed.isdecimal() and int(seed) <= MAX_SEED):
+                raise UsageError(f"--weights {self.weights}: the seed must be a whole number, as in random:0")
         if self.weights == "random":
             raise UsageError("--weights random: name the seed, as in random:0")
         _at_least("--top-k", self.top_k, 1)
         _at_least("--batch-size", self.batch_size, 1)
+        if self.batch_size is not None and self.batch_size > MAX_BATCH:
+            raise UsageError(f"--batch-size {self.batch_size}: must be {MAX_BATCH} or less")
         _at_least("--stall-timeout", self.stall_timeout_s, 1)
         if not 0 <= self.max_reject_rate <= 1:
             raise UsageError(f"--max-reject-rate {self.max_reject_rate}: must lie between 0 and 1")

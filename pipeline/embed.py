@@ -10,7 +10,7 @@ import os
 import platform
 import queue
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from pipeline.versions import ShardFiles, publish, published
 
 LOOKAHEAD_BATCHES = 2  # decoded images that wait: one batch being filled, one ready
 LOOKAHEAD_BYTES = 256 * 2**20  # encoded images between reader and decoders, one larger than that allowed alone
+FETCHED_BYTES = 4 * 2**20  # what an image behind a URL is taken to weigh before it is there
 FETCHERS = 16  # URL columns: requests under way at once, latency is all they cost
 WRITES_WAITING = 4  # batches of vectors between device and writer
 STAGES = ("read", "decode", "forward", "write")
@@ -70,7 +71,8 @@ class Receipt:
 class Activity:
     """What the process is at, for progress and the stall watchdog; written by one thread, read by others."""
 
-    images: int = 0
+    steps: int = 0  # samples and batches so far: it stands still when nothing moves
+    images: int = 0  # of the shard under way
     rejects: int = 0
     stage: str = "start"
     shard: str = ""
@@ -83,6 +85,7 @@ class Work:
     shard: Shard
     started: float = field(default_factory=time.time)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    samples: int = 0  # that the reader gave, counted apart from what was written
     bytes_read: int = 0
     error: str | None = None
     files: ShardFiles | None = None  # found published: nothing to do
@@ -93,7 +96,8 @@ class Outcome(NamedTuple):
 
     result: Decoded | Reject
     size: int  # bytes as stored
-    seconds: float
+    fetch_s: float  # waited for, where the image lay behind a URL
+    decode_s: float
 
 
 class Batch(NamedTuple):
@@ -130,6 +134,7 @@ class Embedder:
                 for _ in self._forward(flow, feed, to_write):
                     while not receipts.empty():
                         yield receipts.get()
+                self.activity.stage = "write"
                 flow.put(to_write, None)
                 writer.join()
                 flow.check()
@@ -159,8 +164,9 @@ class Embedder:
                 work.files = published(self._root, self.job.vectors.folder, shard)
                 if work.files is None:
                     for sample in _timed(read_samples(shard), work, "read"):
-                        size = len(sample.image)
-                        work.bytes_read += size
+                        size = (sample.listed_bytes or FETCHED_BYTES) if sample.url else len(sample.image)
+                        work.samples += 1
+                        work.bytes_read += len(sample.image)
                         budget.take(size, flow)
                         fetched = fetchers.submit(fetch, sample) if sample.url and not sample.reject else None
                         flow.put(feed, (work, sample, decoders.submit(self._decode, sample, fetched, budget, size)))
@@ -172,16 +178,17 @@ class Embedder:
 
     def _decode(self, sample: Sample, fetched: Future[bytes] | None, budget: ByteBudget, size: int) -> Outcome:
         started = time.perf_counter()
+        fetch_s = 0.0
         data = sample.image
         try:
             if sample.reject:
                 raise sample.reject
             if fetched:
                 data = fetched.result()
-                started = time.perf_counter()
-            return Outcome(self._decoder(data), len(data), time.perf_counter() - started)
+                fetch_s = time.perf_counter() - started
+            return Outcome(self._decoder(data), len(data), fetch_s, time.perf_counter() - started - fetch_s)
         except Reject as why:
-            return Outcome(why, len(data), time.perf_counter() - started)
+            return Outcome(why, len(data) or sample.size, fetch_s, time.perf_counter() - started - fetch_s)
         finally:
             sample.image = b""
             budget.give(size)
@@ -198,10 +205,12 @@ class Embedder:
             event = flow.get(feed)
             if event is None:
                 return
+            self.activity.steps += 1
             work, sample, future = event
             if work is not current:
                 current = work
                 self.activity.shard = work.shard.name
+                self.activity.images = self.activity.rejects = 0
                 flow.put(to_write, (work, None))
             if sample is not None and work.error is None:
                 self.activity.stage = "fetch" if sample.url else "decode"
@@ -210,14 +219,18 @@ class Embedder:
                 except (StorageError, OSError) as e:
                     work.error = f"fetch: {e}"
                     continue
-                work.seconds["decode"] += outcome.seconds
+                work.seconds["read"] += outcome.fetch_s
+                work.seconds["decode"] += outcome.decode_s
+                work.bytes_read += outcome.size if sample.url else 0
                 if isinstance(outcome.result, Reject):
+                    self.activity.stage = "write"
                     flow.put(to_write, (work, Refused(sample, outcome.result, outcome.size)))
                     self.activity.rejects += 1
                 else:
                     samples.append(sample)
                     decoded.append(outcome.result)
-            if samples and (len(samples) == self.backbone.batch_size or sample is None):
+            # `>=`: an out-of-memory may have made the batch smaller than what has gathered.
+            if samples and (len(samples) >= self.backbone.batch_size or sample is None):
                 if work.error is None:
                     batch = self._batch(work, samples, decoded)
                     self.activity.stage = "write"
@@ -225,6 +238,7 @@ class Embedder:
                     self.activity.images += len(samples)
                 samples, decoded = [], []
             if sample is None:
+                self.activity.stage = "write"
                 flow.put(to_write, (work, END))
             yield
 
@@ -261,6 +275,8 @@ class Embedder:
                 self._write_event(writer, event, work)
             if work.error is not None:
                 return None, False
+            if writer.counts.samples != work.samples:
+                raise RuntimeError(f"{work.shard.name}: {work.samples} samples read, {writer.counts.samples} written")
             started = time.perf_counter()
             files, embedded = publish(self._root, self.job.vectors.folder, work.shard, writer)
             work.seconds["write"] += time.perf_counter() - started
@@ -322,8 +338,3 @@ def _timed(samples: Iterator[Sample], work: Work, stage: str) -> Iterator[Sample
         if sample is None:
             return
         yield sample
-
-
-def embed_shards(job: Job, backbone: Backbone, shards: Sequence[Shard]) -> list[Receipt]:
-    """All receipts at once: the whole of `embed` in one process, for tests and notebooks."""
-    return list(Embedder(job, backbone)(shards))

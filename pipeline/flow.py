@@ -43,10 +43,6 @@ class Flow:
     def stop(self) -> None:
         self._stopping.set()
 
-    @property
-    def stopped(self) -> bool:
-        return self._stopping.is_set()
-
     def check(self) -> None:
         if self._error is not None:
             raise self._error

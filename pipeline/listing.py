@@ -79,9 +79,7 @@ def list_shards(
                 named.append((_without_ending(path, form), path, _shard(entry, form, columns)))
     for root, members in folders.items():
         named += _slices(root, members.values(), len(common))
-    shards = sorted(_distinct(named), key=lambda s: s.name)
-    _check_columns(shards, columns)
-    return shards
+    return sorted(_distinct(named), key=lambda s: s.name)
 
 
 def _shard(entry: Entry, form: str, columns: Columns) -> Shard:
@@ -272,8 +270,8 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _check_columns(shards: list[Shard], columns: Columns) -> None:
-    """Refuses wrong columns before any work, by the first Parquet footer that can be read."""
+def check_columns(shards: Iterable[Shard], columns: Columns) -> None:
+    """Refuses wrong columns before any work, by the first Parquet footer that can be read: raises `UsageError`."""
     for shard in shards:
         if shard.format == "parquet":
             try:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -41,18 +42,25 @@ class State:
     started: float = field(default_factory=time.time)
     updated: float = field(default_factory=time.time)
 
-    def see(self, activities: Iterable[dict[str, Any]]) -> None:
-        """Counts as the actors say them; they may be a second old, so they only ever go up."""
-        activities = list(activities)
-        self.images = max(self.images, sum(a["images"] for a in activities))
-        self.rejects = max(self.rejects, sum(a["rejects"] for a in activities))
+    def __post_init__(self) -> None:
+        self._rows = self._rejected = 0  # of finished shards
 
-    def finish(self, receipts: Sequence[Receipt]) -> None:
-        """Counts as the receipts so far have them: exact for what is finished."""
-        finished = [r.files.counts for r in receipts if r.files and r.embedded]
-        self.shards_done = len(receipts)
-        self.images = max(self.images, sum(c.rows for c in finished))
-        self.rejects = max(self.rejects, sum(c.rejected for c in finished))
+    def see(self, activities: Iterable[dict[str, Any]]) -> None:
+        """What is under way, as the actors say it, on top of what is finished; a second old, so it only goes up."""
+        activities = list(activities)
+        self.images = max(self.images, self._rows + sum(a["images"] for a in activities))
+        self.rejects = max(self.rejects, self._rejected + sum(a["rejects"] for a in activities))
+
+    def finish(self, receipt: Receipt) -> None:
+        """One shard more, with its exact counts."""
+        self.shards_done += 1
+        if receipt.files and receipt.embedded:
+            self._rows += receipt.files.counts.rows
+            self._rejected += receipt.files.counts.rejected
+
+    def settle(self) -> None:
+        """Nothing is under way any more: the counts are those of the finished shards."""
+        self.images, self.rejects = self._rows, self._rejected
 
     @property
     def eta_s(self) -> float | None:
@@ -121,30 +129,42 @@ def _duration(seconds: float) -> str:
 
 
 class Note:
-    """The run's state as a small JSON below `reports/`, renewed every ten seconds: what `status` and `gc` go by."""
+    """The run's state as a small JSON below `reports/`, renewed every ten seconds until it is closed.
+
+    `status` and `gc` go by it, so a thread of its own renews it, whatever the run waits for.
+    """
 
     def __init__(self, root: Root, state: State):
-        self._root, self._state, self._written = root, state, 0.0
+        self._root, self._state, self._closed = root, state, threading.Event()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(state.started))
         self._name = f"reports/run-{stamp}-{uuid.uuid4().hex[:8]}.json"
+        self._write()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
 
-    def renew(self, force: bool = False) -> None:
-        if not force and time.monotonic() - self._written < NOTE_EVERY_S:
-            return
-        self._written = time.monotonic()
+    def _renew(self) -> None:
+        while not self._closed.wait(NOTE_EVERY_S):
+            self._write()
+
+    def _write(self) -> None:
         self._state.updated = time.time()
         with suppress(OSError, StorageError):  # a note that cannot be written must not end a run that can go on
             self._root.overwrite(self._name, json.dumps(asdict(self._state), indent=1).encode())
 
     def close(self, state: str) -> None:
+        self._closed.set()
+        self._thread.join()
         self._state.state = state
-        self.renew(force=True)
+        self._write()
 
 
 def read_notes(root: Root) -> list[State]:
-    """The runs that left a note, newest last."""
-    names = sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json"))
-    return [State(**json.loads(root.read(name))) for name in names]
+    """The runs that left a note, oldest first; one that cannot be read tells nothing and is passed over."""
+    notes = []
+    for name in sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json")):
+        with suppress(ValueError, TypeError, FileNotFoundError):
+            notes.append(State(**json.loads(root.read(name))))
+    return notes
 
 
 def is_alive(state: State) -> bool:

@@ -7,6 +7,7 @@ row groups of a few thousand rows, a checksum on every page.
 import json
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -175,12 +176,13 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
+        with suppress(OSError, pa.ArrowException):  # on a full disk it fails again; the first error is under way
+            self._writer.close()
         self.embeddings_path.unlink(missing_ok=True)
         self.rejects_path.unlink(missing_ok=True)
 
     def reject(self, sample: Sample, why: Reject, size: int) -> None:
-        """`size`: bytes of the image as it was stored."""
+        """`size`: bytes of the image as it was stored, 0 where there is none."""
         self._rejects.append(
             {
                 "id": f"{self._shard.name}/{sample.id_key}",
@@ -198,7 +200,9 @@ class ShardWriter:
 
     def rows(self, samples: list[Sample], sizes: list[tuple[int, int]], arrays: "Arrays") -> None:
         """n samples, their (width, height), and their vectors in the same order. Raises `NotFinite`."""
-        broken = ~np.isfinite(arrays.embedding).all(axis=1)
+        broken = ~(np.isfinite(arrays.embedding).all(axis=1) & np.isfinite(arrays.norm))
+        if arrays.topk_score is not None:
+            broken |= ~np.isfinite(arrays.topk_score).all(axis=1)
         if broken.any():
             sample = samples[int(broken.argmax())]
             raise NotFinite(
@@ -270,8 +274,9 @@ class ShardWriter:
         self._writer.close()
         return self.embeddings_path
 
-    def reject_ids(self) -> list[str]:
-        return [str(r["id"]) for r in self._rejects]
+    def reasons(self) -> list[tuple[str, str]]:
+        """(id, reason) of each reject, in order."""
+        return [(str(r["id"]), str(r["reason"])) for r in self._rejects]
 
 
 def _fixed(values: np.ndarray, kind: pa.DataType) -> pa.Array:

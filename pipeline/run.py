@@ -12,7 +12,7 @@ from pipeline import actors, backbone, versions, weights
 from pipeline.config import RunConfig, VectorSet
 from pipeline.embed import STAGES, Job, Receipt
 from pipeline.errors import StorageError, UsageError
-from pipeline.listing import Shard, list_shards
+from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.progress import Display, Note, State, speed
 from pipeline.storage import Root, digest
 
@@ -51,6 +51,7 @@ class Run:
     removed: list[str]
     started: float  # time.monotonic()
     receipts: list[Receipt] = field(default_factory=list)
+    failed: list[Receipt] = field(default_factory=list)
     threads: int = 1  # that decode, of each actor
 
 
@@ -73,17 +74,18 @@ def embed(config: RunConfig, say: Callable[[str], None] = print) -> Result:
         say(_describe(run))
         return Result(COMMITTED, "dry run: nothing was read or written", _dry(run))
     versions.create_set(run.root, run.vectors.folder, run.vectors.as_dict() | {"set": run.vectors.name})
+    run.root.clear_scratch(versions.OLD_SCRATCH_S)
     say(_describe(run))
     state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
     note = Note(run.root, state)
-    note.renew(force=True)
     files: list[versions.ShardFiles] = []
     try:
-        if run.todo:
-            _embed_todo(run, state, note, say)
-        files = _collect(run)
-        _gate(config, files)
-        version = versions.commit(run.root, run.vectors.name, files)
+        with _terminated_as_interrupted():
+            if run.todo:
+                _embed_todo(run, state, say)
+            files = _collect(run)
+            _gate(config, files)
+            version = versions.commit(run.root, run.vectors.name, files)
     except Refused as e:
         ended = Result(REFUSED, str(e))
     except Stalled as e:
@@ -92,6 +94,9 @@ def embed(config: RunConfig, say: Callable[[str], None] = print) -> Result:
         ended = Result(FAILED, f"{e}; {AGAIN}")
     except KeyboardInterrupt:
         ended = Result(INTERRUPTED, f"interrupted; {AGAIN}")
+    except BaseException:
+        note.close("failed")
+        raise
     else:
         report = _report(run, files, version)
         ended = Result(COMMITTED, f"version {version.version} of {run.root.url}: {_summary(report)}", report)
@@ -132,6 +137,7 @@ def plan(config: RunConfig) -> Run:
     )
     done = versions.done(root, vectors.folder)
     todo = [s for s in shards if versions.embeddings_name(vectors.folder, s.name, s.etag) not in done]
+    check_columns(todo, config.columns)
     before = versions.read_version(root)
     return Run(
         config=config,
@@ -164,9 +170,9 @@ def _labels(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], 
     return facts.label_names, facts.labels_source
 
 
-def _embed_todo(run: Run, state: State, note: Note, say: Callable[[str], None]) -> None:
+def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
     """Embeds what is to do, in waves, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
-    staged, _ = weights.stage(run.module)
+    staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
     with actors.local_ray():
         pool, gpus, run.threads = actors.pool(run.config, run.device, len(run.shards), len(run.todo))
@@ -181,26 +187,26 @@ def _embed_todo(run: Run, state: State, note: Note, say: Callable[[str], None]) 
             torch_threads=run.threads,
         )
         board = actors.make_board()
-        with _terminated_as_interrupted(), Display(state) as display:
+        with Display(state) as display:
             for start in range(0, len(run.todo), WAVE_SHARDS):
                 coming = actors.embed_on_ray(job, run.todo[start : start + WAVE_SHARDS], board, pool, gpus)
-                for receipt in _watched(coming, board, state, note, display, run.config.stall_timeout_s):
+                for receipt in _watched(coming, board, state, display, run.config.stall_timeout_s):
                     run.receipts.append(receipt)
-                    state.finish(run.receipts)
                     if receipt.error:
+                        run.failed.append(receipt)
                         say(f"shard {receipt.shard} failed: {receipt.error}")
                     _check_failures(run)
     _check_failures(run, finished=True)
 
 
 def _check_failures(run: Run, finished: bool = False) -> None:
-    failed = [r for r in run.receipts if r.error]
+    failed = run.failed
     if failed and (finished or (len(failed) >= FAILED_SHARDS and len(failed) > len(run.receipts) / 2)):
         raise Failed(f"{len(failed)} of {len(run.todo)} shards failed, the first one with: {failed[0].error}")
 
 
 def _watched(
-    receipts: Iterator[Receipt], board: Any, state: State, note: Note, display: Display, stall_timeout_s: float
+    receipts: Iterator[Receipt], board: Any, state: State, display: Display, stall_timeout_s: float
 ) -> Iterator[Receipt]:
     """The same receipts, while progress is shown; raises `Stalled` when nothing moves, `Failed` when Ray gives up."""
     arrived: queue.Queue[Any] = queue.Queue()
@@ -215,13 +221,14 @@ def _watched(
 
     threading.Thread(target=drain, daemon=True).start()
     moved_at = time.monotonic()
-    last_seen, last_looked = (-1, -1), 0.0
+    last_seen, last_looked = (-1, -1), -POLL_S
     while True:
         try:
             item = arrived.get(timeout=POLL_S)
         except queue.Empty:
             item = ()
         if isinstance(item, Receipt):
+            state.finish(item)
             yield item
         if isinstance(item, Receipt) and time.monotonic() - last_looked < POLL_S:
             continue
@@ -229,12 +236,12 @@ def _watched(
         said = actors.read_board(board)
         state.see(said.values())
         display.show()
-        note.renew()
         if item is None:
+            state.settle()
             return
         if isinstance(item, Exception):
             raise Failed(f"the workers failed: {actors.cause(item)}") from item
-        seen = (state.shards_done, state.images + state.rejects)
+        seen = (state.shards_done, sum(a["steps"] for a in said.values()))
         if seen != last_seen:
             moved_at, last_seen = time.monotonic(), seen
         elif time.monotonic() - moved_at > stall_timeout_s:
@@ -246,20 +253,20 @@ class _terminated_as_interrupted:
     """SIGTERM, as schedulers send it, ends the run like Ctrl-C: cleanly and resumable."""
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        self._ours = threading.current_thread() is threading.main_thread()
+        if self._ours:
             self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if self._ours:
             signal.signal(signal.SIGTERM, self._before)
 
 
 def _collect(run: Run) -> list[versions.ShardFiles]:
-    """The files of all shards: by receipt, by the version before, or else by their own footers."""
-    known = {r.files.embeddings: r.files for r in run.receipts if r.files}
+    """The files of all shards: by receipt, else by the version before, else by their own footers."""
     before = versions.read_version(run.root)
-    if before is not None and before.set == run.vectors.name:
-        known |= {f.embeddings: f for f in versions.read_list(run.root, before)}
+    listed = versions.read_list(run.root, before) if before and before.set == run.vectors.name else []
+    known = {f.embeddings: f for f in [*listed, *(r.files for r in run.receipts if r.files)]}
     return versions.collect(run.root, run.vectors.folder, run.shards, known)
 
 
@@ -278,7 +285,7 @@ def _reasons(rejects: dict[str, int]) -> str:
 
 def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Version | None) -> dict[str, Any]:
     """The object of `embed --json`; counts are over all shards of the result, speed over what this run embedded."""
-    embedded = [r.files for r in run.receipts if r.files and r.embedded]
+    embedded = [r.files for r in run.receipts if r.files]
     total = versions.totals(files or embedded)
     pace = speed(run.receipts, run.threads)
     seconds = time.monotonic() - run.started
@@ -301,7 +308,7 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
         "speed": pace.sentence,
         "stage_seconds": {s: round(sum(r.seconds[s] for r in run.receipts), 3) for s in STAGES},
         "bytes_read": sum(r.bytes_read for r in run.receipts),
-        "failed": [{"shard": r.shard, "error": r.error} for r in run.receipts if r.error],
+        "failed": [{"shard": r.shard, "error": r.error} for r in run.failed],
         "removed": run.removed,
         **accuracy,
     }

@@ -44,6 +44,7 @@ class Sample:
     label: int | None = None
     url: str | None = None  # to be had with `fetch`, in a thread, instead of `image`
     listed_bytes: int | None = None  # with `url`: a folder's own file and its size, not an address out of a column
+    size: int = 0  # of the image as stored, where it is known; 0 for one behind a URL
     reject: Reject | None = None  # already known to give no vector
     id_key: str = ""
 
@@ -88,7 +89,8 @@ def _text(name: str) -> str:
 
 
 def _sized(sample: Sample, size: int) -> Sample:
-    """The sample with the reject that its image's size alone gives."""
+    """The sample with its image's size, and the reject that this alone gives."""
+    sample.size = size
     if size == 0:
         sample.reject = Reject("empty", "read", "the image holds no bytes")
     elif size > MAX_IMAGE_BYTES:

@@ -62,6 +62,7 @@ class Findings:
 def verify(root: Root, version: Version, shards: Sequence[Shard] | None = None) -> Findings:
     """All findings of one version; `shards`: the input's listing, to compare the ids with."""
     listed = read_list(root, version)
+    names = {f.shard for f in listed}
     by_name = {s.name: s for s in shards} if shards is not None else None
     found = Findings()
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
@@ -71,7 +72,7 @@ def verify(root: Root, version: Version, shards: Sequence[Shard] | None = None) 
         if count > 1:
             found.bad_file(version.files, f"shard {name} is listed {count} times")
     for shard in (by_name or {}).values():
-        if shard.name not in {f.shard for f in listed}:
+        if shard.name not in names:
             ids = [f"{shard.name}/{key}" for key in read_keys(shard)]
             found.missing += len(ids)
             found.name_ids("missing id (its shard is not in the version)", ids)

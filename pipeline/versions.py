@@ -7,7 +7,7 @@ versions, never listings.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -25,7 +25,7 @@ from pipeline.storage import Root, digest
 OURS = {"sets", "versions", "reports", "index", ".tmp"}  # what may lie in an output root
 KINDS = ("embeddings", "rejects")
 FOOTERS_AT_ONCE = 32
-OLD_SCRATCH_S = 3600  # local files of writers that were killed; none lives for an hour unfinished
+OLD_SCRATCH_S = 7 * 86400  # local files of killed writers; a slow model may be at one shard for hours
 COMMIT_TRIES = 20  # each lost race means that another driver committed
 
 FILES = pa.schema(
@@ -91,9 +91,11 @@ def publish(root: Root, folder: str, shard: Shard, writer: ShardWriter) -> tuple
     """
     rejects = rejects_name(folder, shard.name, shard.etag)
     rejects_bytes = writer.finish_rejects().stat().st_size
-    if not root.put_new(rejects, writer.rejects_path) and _reject_ids(root, rejects) != writer.reject_ids():
-        rejects = rejects_name(folder, shard.name, f"{shard.etag}-{digest(*writer.reject_ids())}")
-        root.put_new(rejects, writer.finish_rejects())
+    if not root.put_new(rejects, writer.rejects_path):
+        if _reasons(root, rejects) != writer.reasons():
+            rejects = rejects_name(folder, shard.name, f"{shard.etag}-{digest(*writer.reasons())}")
+            root.put_new(rejects, writer.finish_rejects())
+        rejects_bytes = _size(root, rejects)  # another version of a package writes other bytes of the same rows
     local = writer.finish_embeddings(rejects)
     embeddings, embeddings_bytes = embeddings_name(folder, shard.name, shard.etag), local.stat().st_size
     if root.put_new(embeddings, local):
@@ -107,9 +109,19 @@ def publish(root: Root, folder: str, shard: Shard, writer: ShardWriter) -> tuple
     return files, False
 
 
-def _reject_ids(root: Root, name: str) -> list[str]:
+def _reasons(root: Root, name: str) -> list[tuple[str, str]]:
+    """(id, reason) of each reject in a published file; of a damaged one, what no writer has."""
     with root.open(name) as f:
-        return [str(i) for i in pq.read_table(f, columns=["id"])["id"].to_pylist()]
+        try:
+            table = pq.read_table(f, columns=["id", "reason"])
+        except (ValueError, pa.ArrowException):
+            return [("", name)]
+    return list(zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True))
+
+
+def _size(root: Root, name: str) -> int:
+    with root.open(name) as f:
+        return f.seek(0, 2)
 
 
 def published(root: Root, folder: str, shard: Shard) -> ShardFiles | None:
@@ -121,21 +133,24 @@ def published(root: Root, folder: str, shard: Shard) -> ShardFiles | None:
 
 
 def read_files(root: Root, embeddings: str) -> ShardFiles:
-    """What a published embeddings file says of itself and of its rejects file."""
+    """What a published embeddings file says of itself and of its rejects file; `StorageError` where it is damaged."""
     with root.open(embeddings) as f:
         size = f.seek(0, 2)
-        metadata = pq.read_metadata(f)
-    ours = {k.decode().removeprefix(PREFIX): v.decode() for k, v in (metadata.metadata or {}).items()}
+        try:
+            metadata = pq.read_metadata(f)
+            ours = {k.decode().removeprefix(PREFIX): v.decode() for k, v in (metadata.metadata or {}).items()}
+            counts = Counts(**json.loads(ours["counts"]))
+            shard, etag, rejects = ours["shard"], ours["input_etag"], ours["rejects_file"]
+        except (KeyError, TypeError, ValueError, pa.ArrowException) as e:
+            why = " ".join(str(e).split())[:200]
+            raise StorageError(f"{embeddings} is damaged or no file of ours ({why}): delete it and run again") from e
+    if counts.rows != metadata.num_rows:
+        raise StorageError(f"{embeddings} holds {metadata.num_rows} rows, its metadata says {counts.rows}")
     try:
-        counts = Counts(**json.loads(ours["counts"]))
-        if counts.rows != metadata.num_rows:
-            raise StorageError(f"{embeddings} holds {metadata.num_rows} rows, its metadata says {counts.rows}")
-        rejects = ours["rejects_file"]
-        with root.open(rejects) as f:
-            rejects_bytes = f.seek(0, 2)
-        return ShardFiles(ours["shard"], ours["input_etag"], embeddings, size, rejects, rejects_bytes, counts)
-    except KeyError as e:
-        raise StorageError(f"{embeddings} is no file of ours: its metadata lacks {e}") from e
+        rejects_bytes = _size(root, rejects)
+    except FileNotFoundError:
+        raise StorageError(f"{rejects} is gone: delete {embeddings} to have its shard embedded again") from None
+    return ShardFiles(shard, etag, embeddings, size, rejects, rejects_bytes, counts)
 
 
 # the output
@@ -197,7 +212,11 @@ def read_version(root: Root, number: int | None = None) -> Version | None:
         number = known[-1]
     elif number not in known:
         raise UsageError(f"{root.url} has no version {number}: it has {', '.join(map(str, known)) or 'none'}")
-    return Version(**json.loads(root.read(_version_name(number))))
+    name = _version_name(number)
+    try:
+        return Version(**json.loads(root.read(name)))
+    except (ValueError, TypeError) as e:
+        raise StorageError(f"{name} is damaged: {e}") from e
 
 
 def current(root: Root, number: int | None = None) -> Version:
@@ -210,9 +229,12 @@ def current(root: Root, number: int | None = None) -> Version:
 
 def read_list(root: Root, version: Version) -> list[ShardFiles]:
     """The files of a version, by shard."""
-    rows = pq.read_table(BytesIO(root.read(version.files))).to_pylist()
     names = ("shard", "etag", "embeddings", "embeddings_bytes", "rejects", "rejects_bytes")
-    return [ShardFiles(**{n: row[n] for n in names}, counts=Counts(**json.loads(row["counts"]))) for row in rows]
+    try:
+        rows = pq.read_table(BytesIO(root.read(version.files))).to_pylist()
+        return [ShardFiles(**{n: row[n] for n in names}, counts=Counts(**json.loads(row["counts"]))) for row in rows]
+    except (ValueError, TypeError, KeyError, FileNotFoundError, pa.ArrowException) as e:
+        raise StorageError(f"{version.files}, the list of version {version.version}, is damaged: {e}") from e
 
 
 def collect(root: Root, folder: str, shards: Sequence[Shard], known: dict[str, ShardFiles]) -> list[ShardFiles]:
@@ -222,6 +244,7 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: dict[str, S
     Raises `StorageError` naming a shard that has no files.
     """
     there = root.list(f"{folder}/embeddings") | root.list(f"{folder}/rejects")
+    known = {n: f for n, f in known.items() if there.get(n) == f.embeddings_bytes}  # what was replaced is read anew
     names = [embeddings_name(folder, s.name, s.etag) for s in shards]
     absent = [s.name for s, name in zip(shards, names, strict=True) if name not in there]
     if absent:
@@ -231,7 +254,10 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: dict[str, S
     for files in found:
         counts = files.counts
         if files.rejects not in there:
-            raise StorageError(f"shard {files.shard}: its rejects file {files.rejects} is gone")
+            raise StorageError(
+                f"shard {files.shard}: its rejects file {files.rejects} is gone: "
+                f"delete {files.embeddings} to have the shard embedded again"
+            )
         if counts.samples != counts.rows + counts.rejected:
             raise StorageError(f"shard {files.shard}: {counts.samples} samples, {counts.rows} rows, {counts.rejects}")
     return found
@@ -249,7 +275,7 @@ def commit(root: Root, set_name: str, files: Sequence[ShardFiles]) -> Version:
     table = pa.Table.from_pylist([_row(f) for f in files], schema=FILES)
     buffer = BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    list_name = f"versions/files-{digest(set_name, *(r['embeddings'] for r in table.to_pylist()))}.parquet"
+    list_name = f"versions/files-{digest(set_name, *table.to_pylist())}.parquet"
     total = totals(files)
     for _ in range(COMMIT_TRIES):
         before = read_version(root)
@@ -312,26 +338,25 @@ def open_dataset(url: str, *, kind: str = "embeddings", version: int | None = No
 # clean-up
 
 
-def collect_garbage(root: Root, keep: int, live_sets: set[str]) -> list[str]:
+def collect_garbage(root: Root, keep: int, live_sets: Callable[[], set[str]]) -> list[str]:
     """Deletes what none of the last `keep` versions names; returns the names of what went.
 
-    A set in `live_sets` (a run is writing it) keeps the shards that no version names yet. Old versions go first, so
-    no reader finds a version whose files are gone.
+    `live_sets`: the sets that runs are writing now. What such a set holds stays, and so does every list of files:
+    a commit may be about to name them. Candidates are listed first, so that what appears meanwhile is none of them;
+    old versions go first, so that no reader finds one whose files are gone.
     """
+    candidates = [*root.list("versions"), *root.list("sets")]
+    live = live_sets()
     known = numbers(root)
-    kept, dropped = known[-keep:], known[:-keep]
-    committed = [(v, read_list(root, v)) for v in (current(root, n) for n in known)]
-    named = {name for v, listed in committed if v.version in kept for f in listed for name in (f.embeddings, f.rejects)}
-    named |= {v.files for v, _ in committed if v.version in kept} | {_version_name(n) for n in kept}
-    ever = {name for _, listed in committed for f in listed for name in (f.embeddings, f.rejects)}
-    sets = {v.set for v, _ in committed if v.version in kept} | live_sets
-    garbage = [_version_name(n) for n in dropped]
-    for name in (*root.list("versions"), *root.list("sets")):
-        set_name = name.split("/")[1]
-        is_description = name.endswith("/set.json") and set_name in sets
-        is_under_way = set_name in live_sets and name not in ever
-        is_version = name.startswith("versions/") and name.endswith(".json")
-        if not (name in named or is_description or is_under_way or is_version):
+    dropped, kept = known[:-keep], [current(root, n) for n in known[-keep:]]
+    named = {name for v in kept for f in read_list(root, v) for name in (f.embeddings, f.rejects)}
+    named |= {name for v in kept for name in (v.files, _version_name(v.version), f"sets/{v.set}/set.json")}
+    old_versions = [_version_name(n) for n in dropped]
+    garbage = [name for name in old_versions if name in candidates]
+    for name in candidates:
+        is_live = name.startswith("versions/") if live else False
+        is_live |= name.startswith("sets/") and name.split("/")[1] in live
+        if name not in named and name not in old_versions and not is_live:
             garbage.append(name)
     for name in garbage:
         root.delete(name)

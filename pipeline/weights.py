@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SHARD2VEC_CACHE", default))
 
 
-def stage(module: torch.nn.Module) -> tuple[Path, str]:
-    """Leaves the module's weights in this node's cache; returns the safetensors file and the weights' SHA-256."""
+def stage(module: torch.nn.Module, digest: str) -> Path:
+    """Leaves the module's weights, whose SHA-256 is `digest`, in this node's cache; returns the safetensors file."""
     state = module.state_dict()
-    digest = sha256(state)
     folder = cache_folder() / "weights"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{digest}.safetensors"
@@ -158,15 +158,20 @@ def stage(module: torch.nn.Module) -> tuple[Path, str]:
     else:
         partial = folder / f".{digest}.{os.getpid()}"
         safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, partial)
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())
         os.replace(partial, final)
     for old in folder.iterdir():
-        if time.time() - old.stat().st_mtime > KEEP_STAGED_S:
-            old.unlink(missing_ok=True)
-    return final, digest
+        with suppress(FileNotFoundError):  # another run's partial file, just renamed
+            if time.time() - old.stat().st_mtime > KEEP_STAGED_S:
+                old.unlink()
+    return final
 
 
 def load_staged(model: str, path: Path) -> torch.nn.Module:
-    """The model with the weights of a staged file: what each actor calls."""
+    """The model with the weights of a staged file: what each actor calls. Raises `StorageError` for a damaged file."""
     module = build(model)
     module.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    if sha256(module.state_dict()) != path.stem:
+        raise StorageError(f"staged weights {path} are damaged: delete the file and run again")
     return module

@@ -276,3 +276,24 @@ def test_another_set_in_one_output_is_another_folder(tmp_path: Path, shards: Pat
     first = made.embed(made.job(tmp_path), shards)
     second = made.embed(replace(made.job(tmp_path), vectors=made.vector_set(normalized=True)), shards)
     assert not {r.files.embeddings for r in first} & {r.files.embeddings for r in second}
+
+
+def test_out_of_memory_mid_shard_keeps_every_row_and_small_batches(tmp_path: Path, shards: Path) -> None:
+    """When the device's memory gives out, the rows are the same, and later batches are as small as was found."""
+    plain = rows(made.embed(made.job(tmp_path / "a"), shards), tmp_path / "a")
+    embedder = made.embedder(made.job(tmp_path / "b", batch_size=8))
+    sizes = []
+    original = embedder.backbone._module.forward_features
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("simulated")
+        sizes.append(len(x))
+        return original(x)
+
+    embedder.backbone._module.forward_features = forward
+    found = rows(list(embedder(list_shards([str(shards)]))), tmp_path / "b")
+    assert found.keys() == plain.keys()
+    for name, row in plain.items():
+        assert np.allclose(row["embedding"], found[name]["embedding"], rtol=1e-5, atol=1e-6)
+    assert embedder.backbone.batch_size == 2 and max(sizes) == 2

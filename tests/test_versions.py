@@ -191,3 +191,13 @@ def test_a_version_is_plain_json(tmp_path: Path, shards: Path) -> None:
     versions.commit(root, SET, files)
     read = json.loads((tmp_path / "versions" / "00000001.json").read_text())
     assert pq.read_table(tmp_path / read["files"])["embeddings"].to_pylist() == [f.embeddings for f in files]
+
+
+def test_a_damaged_file_under_a_finished_shards_name_is_told(tmp_path: Path, shards: Path) -> None:
+    """It is neither taken for done nor overwritten: the message says what to delete."""
+    root, listed, files = embedded(tmp_path, shards)
+    (tmp_path / files[0].embeddings).write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(StorageError, match=r"is damaged or no file of ours .* delete it and run again"):
+        versions.collect(root, FOLDER, listed, {})
+    (receipt, *_) = made.embed(made.job(tmp_path), listed[:1])
+    assert receipt.files is None and "delete it and run again" in receipt.error
