@@ -33,6 +33,11 @@ from pipeline.embed import Embedder, Job, Receipt, worker_name
 from pipeline.errors import UsageError
 from pipeline.listing import Shard
 
+DATA_SETTINGS = {
+    "enable_progress_bars": False,
+    "execution_no_progress_timeout_s": -1,  # our own watchdog sees inside a shard, Ray's does not
+    "target_max_block_size": 1,  # bytes: each receipt is a block of its own and comes at once
+}
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it
 # One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
 # has a model and an interpreter of its own: 1 to 2 GB with the larger backbones.
@@ -49,7 +54,7 @@ def local_ray() -> Iterator[None]:
     """A Ray of this machine alone, quiet; one that runs in this process already is used, and left running."""
     ours = not ray.is_initialized()
     context = DataContext.get_current()
-    before = (context.enable_progress_bars, context.execution_no_progress_timeout_s, context.target_max_block_size)
+    before = {name: getattr(context, name) for name in DATA_SETTINGS}
     terminated = signal.getsignal(signal.SIGTERM)
     with _native_stderr_silenced():
         try:
@@ -60,9 +65,8 @@ def local_ray() -> Iterator[None]:
         finally:
             if ours:
                 ray.shutdown()
-            context.enable_progress_bars, context.execution_no_progress_timeout_s, context.target_max_block_size = (
-                before
-            )
+            for name, value in before.items():
+                setattr(context, name, value)
 
 
 def start_ray() -> None:
@@ -82,12 +86,10 @@ def start_ray() -> None:
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1  # our own watchdog sees inside a shard, Ray's does not
-    context.target_max_block_size = 1  # bytes: each receipt is a block of its own and comes at once
-    for name in ("ray.data", "ray.data._internal.execution"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, value in DATA_SETTINGS.items():
+        setattr(DataContext.get_current(), name, value)
+    for logger in ("ray.data", "ray.data._internal.execution"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -25,6 +25,8 @@ ASKED = {"inputs": ("in/*.tar",), "output": "out", "model": "test_vit"}
         ({"outputs": ("classes",)}, "every row has an embedding"),
         ({"weights": "random"}, "name the seed"),
         ({"weights": "random:x"}, "--weights random:x: the seed must be a whole number"),
+        ({"weights": "random:99999999999999999999"}, "--weights random:9999"),
+        ({"batch_size": 10_000}, "--batch-size 10000: must be 4096 or less"),
         ({"top_k": 0}, "--top-k 0: must be 1 or more"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"max_reject_rate": 1.5}, "--max-reject-rate 1.5: must lie between 0 and 1"),

@@ -1,6 +1,8 @@
 """The inner pipeline: every sample once, in order, whatever goes wrong around it."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -248,9 +250,6 @@ def test_labels_are_counted_as_hits(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
     """A shard of 3,000 images needs no more memory than one of 300, but for rows that wait for their row group."""
-    import subprocess
-    import sys
-
     peaks = []
     for n in (300, 3000):
         write_tar(tmp_path / f"in{n}" / "x.tar", {f"{i:05d}.jpg": jpeg(64, 64, seed=i % 5) for i in range(n)})
@@ -297,3 +296,33 @@ def test_out_of_memory_mid_shard_keeps_every_row_and_small_batches(tmp_path: Pat
     for name, row in plain.items():
         assert np.allclose(row["embedding"], found[name]["embedding"], rtol=1e-5, atol=1e-6)
     assert embedder.backbone.batch_size == 2 and max(sizes) == 2
+
+
+def test_a_lost_sample_is_our_defect_and_never_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the reader gave is counted apart from what was written: if they differ, the shard is not published."""
+    write_tar(tmp_path / "in" / "x.tar", {f"{i}.jpg": jpeg(seed=i) for i in range(5)})
+    original = embed_module.ShardWriter.rows
+    monkeypatch.setattr(
+        embed_module.ShardWriter, "rows", lambda self, *batch: original(self, *batch) if len(batch[0]) == 4 else None
+    )
+    with pytest.raises(RuntimeError, match="5 samples read, 4 written"):
+        made.embed(made.job(tmp_path / "out", batch_size=4), tmp_path / "in")
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_a_full_disk_fails_the_shard_and_leaves_nothing(tmp_path: Path) -> None:
+    """When no more can be written (here: a limit on file sizes), the shard fails and its partial files go."""
+    write_tar(tmp_path / "in" / "x.tar", {f"{i}.jpg": jpeg(40, 40, seed=i % 7) for i in range(400)})
+    code = (
+        "import sys, resource; sys.path[:0] = sys.argv[3:]; import made; from pathlib import Path;"
+        "job = made.job(sys.argv[2]); e = made.embedder(job);"
+        "from pipeline.listing import list_shards; listed = list_shards([sys.argv[1]]);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
+        "(r,) = e(listed); print(r.error); assert r.files is None"
+    )
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", code, tmp_path / "in", tmp_path / "out", here, here.parent]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "write: " in done.stdout and "File too large" in done.stdout
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]

@@ -77,6 +77,13 @@ def test_what_is_wrong_is_told_before_any_work(case: str, shards: Path, tmp_path
     assert not (tmp_path / "out" / "versions").exists()
 
 
+def test_json_says_what_was_wrong_too() -> None:
+    """A scheduler that reads stdout finds an object there, whatever the end."""
+    code, out, _ = call("embed", "--json")
+    told = {"error": "--input is missing: see `shard2vec embed --help`", "exit_code": 2}
+    assert code == 2 and json.loads(out) == told
+
+
 def test_required_flags_are_asked_for() -> None:
     """Leaving one out names it."""
     assert call("embed")[0::2] == (2, "shard2vec: --input is missing: see `shard2vec embed --help`\n")
@@ -100,6 +107,9 @@ def test_a_job_file_stands_for_flags_and_the_command_line_wins(tmp_path: Path) -
         *("embed", "--top-k=7", "--model", "test_vit"),
         *("--input", "a.tar", "--input", "b.tar", "--normalize", "--outputs", "embedding,classes"),
     ]
+    (tmp_path / "pool.yaml").write_text("actors: 1:2\nbatch_size: 010\n")
+    pool = job_file.expand(["embed", "--config", str(tmp_path / "pool.yaml")])
+    assert pool == ["embed", "--actors", "1:2", "--batch-size", "010"]
     (tmp_path / "bad.yaml").write_text("- a list\n")
     for name, message in (("bad.yaml", "must be a mapping"), ("none.yaml", "cannot be read")):
         with pytest.raises(UsageError, match=message):
@@ -305,5 +315,6 @@ def test_demo_shows_a_result(tmp_path: Path, ray_session: None) -> None:
     assert code == 0, err
     told = json.loads(out.splitlines()[-1])
     assert told["rows"] == 48 and sum(told["rejects"].values()) >= 4
-    assert "each exactly once: yes" in out and "pd.read_parquet" in out and "photos-00000/" in out
+    assert len(out.splitlines()) == 1
+    assert "each exactly once: yes" in err and "pd.read_parquet" in err and "photos-00000/" in err
     assert (tmp_path / "demo" / "neighbours.png").stat().st_size > 50_000

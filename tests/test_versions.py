@@ -168,21 +168,35 @@ def three_versions(tmp_path: Path) -> tuple[Root, list[str]]:
 def test_gc_deletes_what_no_kept_version_names(tmp_path: Path) -> None:
     """Old versions, their files and unfinished shards go; what a kept version names stays."""
     root, names = three_versions(tmp_path)
-    deleted = versions.collect_garbage(root, 2, set())
+    deleted = versions.collect_garbage(root, 2, set)
     assert versions.numbers(root) == [2, 3]
     assert names[0] in deleted and names[1] not in deleted
     assert any("/c-" in name for name in deleted)
     for number in (2, 3):
         assert versions.open_dataset(str(tmp_path / "out"), version=number).count_rows() == 2
-    assert versions.collect_garbage(root, 2, set()) == []
+    assert versions.collect_garbage(root, 2, set) == []
 
 
 def test_gc_leaves_the_work_of_a_living_run_alone(tmp_path: Path) -> None:
-    """Shards that a live run has finished and not yet committed are kept; old committed ones are not."""
-    root, names = three_versions(tmp_path)
-    deleted = versions.collect_garbage(root, 1, {SET})
-    assert names[0] in deleted and names[1] in deleted
-    assert not any("/c-" in name for name in deleted)
+    """Nothing of a set that a run is writing goes: it may count on any file there, old ones that came back too."""
+    root, _ = three_versions(tmp_path)
+    assert versions.collect_garbage(root, 1, lambda: {SET}) == ["versions/00000001.json", "versions/00000002.json"]
+    assert len(versions.collect_garbage(root, 1, set)) > 4
+
+
+def test_gc_does_not_touch_what_appears_while_it_looks(tmp_path: Path) -> None:
+    """A version that is committed after gc began keeps its list and its files, whatever gc knew of it."""
+    root, _ = three_versions(tmp_path)
+    write_tar(tmp_path / "in" / "b.tar", {"b.jpg": jpeg(77, 77, seed=9)})
+
+    def commits_meanwhile() -> set[str]:
+        _, _, files = embedded(tmp_path / "out", tmp_path / "in")
+        versions.commit(root, SET, files)
+        return set()
+
+    versions.collect_garbage(root, 1, commits_meanwhile)
+    assert versions.current(root).version == 4
+    assert versions.open_dataset(str(tmp_path / "out")).count_rows() == 2
 
 
 def test_a_version_is_plain_json(tmp_path: Path, shards: Path) -> None:
@@ -201,3 +215,35 @@ def test_a_damaged_file_under_a_finished_shards_name_is_told(tmp_path: Path, sha
         versions.collect(root, FOLDER, listed, {})
     (receipt, *_) = made.embed(made.job(tmp_path), listed[:1])
     assert receipt.files is None and "delete it and run again" in receipt.error
+
+
+def test_a_repaired_shard_gets_a_new_record(tmp_path: Path, shards: Path) -> None:
+    """A file that was deleted and made again is listed as it is now, not as it was."""
+    root, _, files = embedded(tmp_path, shards)
+    first = versions.commit(root, SET, files)
+    wrong = [replace(files[0], embeddings_bytes=1), *files[1:]]
+    assert versions.commit(root, SET, wrong).version == first.version + 1
+    again = versions.collect(root, FOLDER, list_shards([str(shards)]), {f.embeddings: f for f in wrong})
+    assert again == files  # a record whose size is not the file's is not believed
+
+
+def test_rejects_that_are_gone_say_what_to_do(tmp_path: Path, shards: Path) -> None:
+    """The message names the file to delete so that the shard is embedded again; and that works."""
+    root, listed, files = embedded(tmp_path, shards)
+    (tmp_path / files[0].rejects).unlink()
+    with pytest.raises(StorageError, match="is gone: delete sets/"):
+        versions.collect(root, FOLDER, listed, {})
+    (tmp_path / files[0].embeddings).unlink()
+    assert [r.files for r in made.embed(made.job(tmp_path), listed)] == files
+
+
+def test_a_damaged_version_is_told_as_such(tmp_path: Path, shards: Path) -> None:
+    """A list or a JSON that cannot be read is a store's failure with its name, no traceback."""
+    root, _, files = embedded(tmp_path, shards)
+    version = versions.commit(root, SET, files)
+    (tmp_path / version.files).write_bytes(b"rubbish")
+    with pytest.raises(StorageError, match="list of version 1, is damaged"):
+        versions.read_list(root, version)
+    (tmp_path / "versions" / "00000001.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"00000001\.json is damaged"):
+        versions.current(root)

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.weights import load_module, load_staged, sha256, stage
 
 
@@ -130,8 +130,21 @@ def test_a_local_folder_brings_its_own_classes_and_names(tmp_path: Path) -> None
 def test_a_staged_file_is_the_weights_and_nothing_else(own_cache: Path) -> None:
     """Staging writes one safetensors file under the weights' own digest; a second time it is found there."""
     module = oracle.module("test_vit", 5)
-    path, digest = stage(module)
-    assert path == own_cache / "weights" / f"{digest}.safetensors" and digest == sha256(module.state_dict())
+    digest = sha256(module.state_dict())
+    path = stage(module, digest)
+    assert path == own_cache / "weights" / f"{digest}.safetensors"
     before = path.stat().st_ino
-    assert stage(module)[0].stat().st_ino == before
+    assert stage(module, digest).stat().st_ino == before
     assert sha256(load_staged("test_vit", path).state_dict()) == digest
+
+
+def test_a_damaged_staged_file_is_not_used(own_cache: Path) -> None:
+    """One flipped bit in the cache would be wrong vectors under the right name: it is refused."""
+    module = oracle.module("test_vit", 6)
+    path = stage(module, sha256(module.state_dict()))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match="are damaged"):
+        load_staged("test_vit", path)
+    path.unlink()
