@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import safetensors.torch
-from containers import write_tar
+from containers import write_parquet, write_tar
 from pictures import jpeg
 from typer.testing import CliRunner
 
@@ -49,6 +49,7 @@ WRONG = {
     "bad actors": (["--actors", "2:1"], "--actors 2:1"),
     "bad precision": (["--precision", "fp8"], "--precision fp8"),
     "bad number": (["--top-k", "x"], "top-k"),
+    "no such column": (["--input", "{tmp}/x.parquet"], "--image-column"),
     "unknown flag": (["--colour", "red"], "--colour"),
     "tokens": (["--outputs", "embedding,tokens"], "tokens is not available yet"),
     "image size": (["--image-size", "384"], "--image-size 384 is not available yet"),
@@ -65,6 +66,7 @@ def test_what_is_wrong_is_told_before_any_work(case: str, shards: Path, tmp_path
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.docx").write_text("")
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    write_parquet(tmp_path / "x.parquet", [b"a"], picture=[b"b"])
     safetensors.torch.save_file(oracle.module("test_vit3").state_dict(), tmp_path / "other.safetensors")
     flags, message = WRONG[case]
     defaults = {"--input": shards, "--output": tmp_path / "out", "--model": "test_vit", "--weights": "random:0"}
