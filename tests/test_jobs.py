@@ -234,7 +234,7 @@ def wait_for(found, timeout_s: float = 120) -> None:
 
 def many_shards(folder: Path) -> Path:
     for shard in range(6):
-        members = {f"{i:03d}.jpg": jpeg(90, 70, seed=shard * 50 + i) for i in range(40)}
+        members = {f"{i:03d}.jpg": jpeg(90, 70, seed=shard * 50 + i) for i in range(24)}
         write_tar(folder / f"s{shard}.tar", members | {"broken.jpg": b"\xff\xd8\xff no"})
     return folder
 
@@ -279,7 +279,7 @@ def test_a_killed_run_resumes_to_the_very_result_of_an_undisturbed_one(tmp_path:
         for kind in ("embeddings", "rejects")
     ]
     assert tables[0] == tables[2] and tables[1] == tables[3]
-    assert len(tables[0]) == 240 and len(tables[1]) == 6
+    assert len(tables[0]) == 144 and len(tables[1]) == 6
     assert call("verify", output, "--input", shards)[0] == 0
 
 

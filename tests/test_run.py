@@ -171,9 +171,9 @@ def test_a_run_that_stands_still_ends_and_names_the_stage(tmp_path: Path) -> Non
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.jpg"
         (tmp_path / "in").mkdir()
         pq.write_table(pa.table({"url": [url]}), tmp_path / "in" / "y.parquet")
-        stalled = run(config(tmp_path / "in" / "y.parquet", tmp_path / "out", stall_timeout_s=12.0))
+        stalled = run(config(tmp_path / "in" / "y.parquet", tmp_path / "out", stall_timeout_s=8.0))
     assert stalled.exit_code == STALLED
-    assert "no progress for 12 s in stage fetch of y" in stalled.message
+    assert "no progress for 8 s in stage fetch of y" in stalled.message
 
 
 @pytest.mark.parametrize("kind", ["parquet", "hugging face", "urls", "folder"])
