@@ -15,7 +15,7 @@ def files(
 ) -> None:
     """Print the Parquet files of a version, one a line.
 
-    Example: duckdb -c "SELECT count(*) FROM read_parquet([$(shard2vec files out | sed "s/.*/'&'/" | paste -sd,)])"
+    Example: shard2vec files out --kind embeddings
     """
 
     def body() -> int:

@@ -286,6 +286,7 @@ def _reasons(rejects: dict[str, int]) -> str:
 def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Version | None) -> dict[str, Any]:
     """The object of `embed --json`; counts are over all shards of the result, speed over what this run embedded."""
     embedded = [r.files for r in run.receipts if r.files]
+    ours = [r.files for r in run.receipts if r.files and r.embedded]  # without what another driver was faster with
     total = versions.totals(files or embedded)
     pace = speed(run.receipts, run.threads)
     seconds = time.monotonic() - run.started
@@ -303,7 +304,7 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
         "rejects": dict(sorted(total.rejects.items())),
         "seconds": round(seconds, 3),
         "images_per_s": round(pace.images_per_s, 2),
-        "images_per_s_all_in": round(versions.totals(embedded).samples / seconds, 2),
+        "images_per_s_all_in": round(sum(f.counts.samples for f in ours) / seconds, 2),
         "limited_by": pace.limited_by,
         "speed": pace.sentence,
         "stage_seconds": {s: round(sum(r.seconds[s] for r in run.receipts), 3) for s in STAGES},

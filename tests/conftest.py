@@ -1,10 +1,13 @@
-"""What tests share: one Ray for the whole session, seeded tiny backbones, small shards of procedural photos."""
+"""What tests share: one Ray for the whole session, small shards of procedural photos, a store with faults."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
+import stamina
+from containers import FlakyStore, clear_memory
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
@@ -33,6 +36,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from oracle import write_shards
 
     return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def flaky() -> Iterator[type[FlakyStore]]:
+    """`FlakyStore`, empty and without faults; retries wait for nothing."""
+    fsspec.register_implementation("flaky", FlakyStore, clobber=True)
+    FlakyStore.reads, FlakyStore.writes, FlakyStore.is_answer_lost = [], [], False
+    FlakyStore.closed, FlakyStore.calls = set(), 0
+    with stamina.set_testing(True, attempts=16):
+        yield FlakyStore
+    clear_memory()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

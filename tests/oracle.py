@@ -38,9 +38,6 @@ OTHERS = (
     "coat_lite_tiny",
     "deit3_small_patch16_224",
     "eva02_tiny_patch14_224",
-    "deit_tiny_distilled_patch16_224",
-    "test_vit",
-    "test_efficientnet",
 )
 
 

@@ -1,4 +1,4 @@
-"""Bytes of images for tests: photo-like ones, and odd and broken ones by name. Nothing here reads a file."""
+"""Bytes of images for tests: photo-like ones, and odd and broken ones by name; a decoder. Nothing here reads a file."""
 
 import io
 import struct
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from pipeline.images import Decoder, Preprocessing
 
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
@@ -155,3 +157,16 @@ def broken() -> dict[str, tuple[str, bytes]]:
         "strip": ("too_large", png(1000, 4)),
         "zero_width": ("corrupt", png_claiming(0, 10)),
     }
+
+
+def data_config(model: str) -> dict[str, Any]:
+    import timm  # slow, and most of those who want pictures need none of it
+    from timm.data import resolve_data_config
+
+    cfg = timm.get_pretrained_cfg(model)
+    assert cfg is not None
+    return resolve_data_config({}, pretrained_cfg=cfg.to_dict())
+
+
+def decoder(model: str = "pit_s_224", *, exif_orientation: bool = True) -> Decoder:
+    return Decoder(Preprocessing.of(data_config(model)), exif_orientation=exif_orientation)

@@ -1,4 +1,4 @@
-"""The promises of pipeline/shards.py, tars.py, tables.py and columns.py: every image once, whatever is broken."""
+"""The promises of pipeline/shards.py: every image of a shard once, in every format, whatever is broken."""
 
 import gzip
 import io
@@ -7,56 +7,25 @@ import random
 import socket
 import tarfile
 import threading
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fsspec
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from containers import serving, tar_bytes, write_folder, write_parquet, write_tar
+from containers import samples_of, serving, tar_bytes, tar_of, told, write_folder, write_parquet, write_tar
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import shards, tars
-from pipeline.columns import UNNAMED, Columns, find_columns
-from pipeline.errors import Reject, StorageError, UsageError
+from pipeline.columns import UNNAMED
+from pipeline.errors import Reject, StorageError
 from pipeline.listing import Shard, list_shards
 from pipeline.shards import Sample, fetch, read_keys, read_samples
 from pipeline.storage import Entry
 from pipeline.tables import read_rows
-
-
-def shard_of(path: Path, form: str, columns: Columns = UNNAMED) -> Shard:
-    return Shard(
-        name="s", format=form, url=str(path), size=path.stat().st_size, etag="0" * 16, columns=columns
-    )  # fmt: skip
-
-
-def samples_of(path: Path, form: str = "webdataset", columns: Columns = UNNAMED) -> list[Sample]:
-    """All samples, after the promises that hold for each shard: rows count up, ids are unique, `read_keys` agrees."""
-    shard = shard_of(path, form, columns)
-    samples = list(read_samples(shard))
-    assert [s.row for s in samples] == list(range(len(samples)))
-    assert len({s.id_key for s in samples}) == len(samples)
-    assert list(read_keys(shard)) == [s.id_key for s in samples]
-    assert all(not s.image for s in samples if s.reject and s.reject.reason != "duplicate_key")
-    return samples
-
-
-def told(samples: list[Sample]) -> list[tuple[str, bytes | str]]:
-    """Key and image, or the reason why there is none."""
-    return [(s.key, s.reject.reason if s.reject else s.image) for s in samples]
-
-
-def tar_of(tmp_path: Path, content: bytes) -> list[tuple[str, bytes | str]]:
-    (tmp_path / "x.tar").write_bytes(content)
-    return told(samples_of(tmp_path / "x.tar"))
-
 
 # WebDataset
 
@@ -145,152 +114,7 @@ def test_names_that_are_no_utf8_are_spelled_out(tmp_path: Path) -> None:
     assert tar_of(tmp_path, bytes(header) + content[512:]) == [("\\udcff", b"1")]
 
 
-def test_sparse_members_are_read_whole(tmp_path: Path) -> None:
-    """GNU tar stores files with holes so; their real size is what counts."""
-    header = bytearray(tar_bytes([("a.jpg", b"d" * 512)])[:512])
-    header[156:157] = tarfile.GNUTYPE_SPARSE
-    header[386:410] = b"%011o\0%011o\0" % (1024, 512)
-    header[483:495] = b"%011o\0" % 1536
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    content = bytes(header) + b"d" * 512 + tar_bytes([("b.jpg", b"b")])
-    assert tar_of(tmp_path, content) == [("a", bytes(1024) + b"d" * 512), ("b", b"b")]
-
-
-def test_too_large_images_are_refused_unread(tmp_path: Path) -> None:
-    """By the header alone: the 1 GiB member here is a hole in a sparse file, and no memory is taken for it."""
-    info = tarfile.TarInfo("big.jpg")
-    info.size = 2**30
-    with open(tmp_path / "x.tar", "wb") as f:
-        f.write(info.tobuf(tarfile.GNU_FORMAT))
-        f.seek(512 + 2**30)
-        f.write(tar_bytes({"b.jpg": b"b"}))
-    tracemalloc.start()
-    samples = list(read_samples(shard_of(tmp_path / "x.tar", "webdataset")))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert told(samples) == [("big", "too_large"), ("b", b"b")] and peak < 20e6
-
-
-def test_a_long_tar_streams(tmp_path: Path) -> None:
-    """10^5 members: what stays is the seen keys, under 400 bytes each; tarfile's own list takes 1.5 kB each."""
-    count = 100_000
-    header = bytearray(tar_bytes({"0000000.jpg": b"j"})[:1024])
-    with open(tmp_path / "x.tar", "wb") as f:
-        for i in range(count):
-            header[:7] = b"%07d" % i
-            header[148:156] = b" " * 8
-            header[148:156] = b"%06o\0 " % sum(header[:512])
-            f.write(header)
-        f.write(bytes(1024))
-    before, grown, rows = resident_bytes(), 0, 0
-    for sample in read_samples(shard_of(tmp_path / "x.tar", "webdataset")):
-        rows += sample.image == b"j"
-        if sample.row % 10_000 == 0:
-            grown = max(grown, resident_bytes() - before)
-    assert rows == count and grown < 400 * count
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-# Damaged tars
-
-FIVE = {f"{i}.jpg": bytes([65 + i]) * 700 for i in range(5)}  # each takes 512 + 1024 bytes
-WHOLE = [(str(i), bytes([65 + i]) * 700) for i in range(5)]
-
-
-@pytest.mark.parametrize(
-    ("at", "expected"),
-    [
-        (0, [("#end", "empty")]),
-        (300, [("#end", "truncated")]),
-        (1536 * 2 + 100, [*WHOLE[:2], ("#end", "truncated")]),  # within a header
-        (1536 * 2 + 512 + 100, [*WHOLE[:2], ("2", "truncated")]),  # within an image
-        (1536 * 2 + 512 + 700, [*WHOLE[:3], ("#end", "truncated")]),  # within the padding behind an image
-        (1536 * 3, [*WHOLE[:3], ("#end", "truncated")]),  # tarfile takes that for a whole archive
-        (1536 * 5, [*WHOLE, ("#end", "truncated")]),  # all but the end mark
-        (1536 * 5 + 512, WHOLE),
-    ],
-)
-def test_a_cut_tar_gives_what_is_whole_and_says_that_it_is_cut(tmp_path: Path, at: int, expected: list[Any]) -> None:
-    """Where Python's tarfile would end in silence; one reject, under the cut image's own key where it has one."""
-    assert tar_of(tmp_path, tar_bytes(FIVE)[:at]) == expected
-
-
-def test_a_cut_between_an_image_and_its_label_keeps_the_image(tmp_path: Path) -> None:
-    """The open sample has its image; one whose image had not come yet is lost with the rest."""
-    content = tar_bytes([("a.jpg", b"j" * 600), ("a.cls", b"1"), ("b.cls", b"2"), ("b.jpg", b"k")])
-    assert tar_of(tmp_path, content[: 1536 + 512]) == [("a", b"j" * 600), ("#end", "truncated")]
-    assert tar_of(tmp_path, content[: 1536 + 1024 + 1024]) == [("a", b"j" * 600), ("#end", "truncated")]
-
-
-def test_messages_say_where_the_tar_ends(tmp_path: Path) -> None:
-    """The byte, and that later samples are lost."""
-    for content, expected in (
-        (tar_bytes(FIVE)[:4000], "the tar ends at byte 4000 inside '2.jpg' without its end mark: later samples lost"),
-        (tar_bytes(FIVE)[:3072], "the tar ends at byte 3072 without its end mark: later samples lost"),
-        (b"<html>not found</html>" * 40, "this is no tar: it begins with b'<html>not found<'"),
-    ):
-        (tmp_path / "x.tar").write_bytes(content)
-        last = samples_of(tmp_path / "x.tar")[-1]
-        assert last.reject and last.reject.message == expected and last.reject.stage == "read"
-
-
-def test_a_damaged_header_ends_the_tar_with_a_reject(tmp_path: Path) -> None:
-    """Nothing can be found behind it; a hole of zeros looks like the end, but members behind it give it away."""
-    content = bytearray(tar_bytes(FIVE))
-    content[1536 * 2 + 5] ^= 0xFF
-    assert tar_of(tmp_path, bytes(content)) == [*WHOLE[:2], ("#end", "corrupt")]
-    content = bytearray(tar_bytes(FIVE))
-    content[1536 * 2 : 1536 * 2 + 700] = bytes(700)
-    assert tar_of(tmp_path, bytes(content)) == [*WHOLE[:2], ("#end", "corrupt")]
-    assert tar_of(tmp_path, tar_bytes(FIVE) + tar_bytes({"z.jpg": b"z"})) == [*WHOLE, ("#end", "corrupt")]
-    assert tar_of(tmp_path, tar_bytes(FIVE) + b"shifted" + tar_bytes({"z.jpg": b"z"})) == [*WHOLE, ("#end", "corrupt")]
-
-
-def test_what_is_no_tar_is_one_reject(tmp_path: Path) -> None:
-    """Short or long, text or noise."""
-    for content in (b"hello", b"<html>" * 500, random.Random(0).randbytes(5000), gzip.compress(b"hello" * 300)):
-        assert tar_of(tmp_path, content) == [("#end", "corrupt")]
-    assert tar_of(tmp_path, gzip.compress(b"")) == [("#end", "empty")]
-
-
-def test_whole_tars_of_any_kind_are_fine(tmp_path: Path) -> None:
-    """Garbage behind the end mark, no sample at all, gzip in several parts or padded."""
-    content = tar_bytes(FIVE)
-    assert tar_of(tmp_path, content + b"garbage" * 1000) == WHOLE
-    assert tar_of(tmp_path, tar_bytes({})) == []
-    parts = b"".join(gzip.compress(content[i : i + 1000]) for i in range(0, len(content), 1000))
-    assert tar_of(tmp_path, parts) == WHOLE
-    assert tar_of(tmp_path, gzip.compress(content) + bytes(100)) == WHOLE
-    assert tar_of(tmp_path, gzip.compress(content) + b"garbage") == WHOLE
-
-
-def test_crafted_headers_take_no_memory_and_no_time(tmp_path: Path) -> None:
-    """A negative size hangs older tarfiles (CVE-2025-8194); a pax header of 8 GB would be read whole."""
-    for kind, size in ((tarfile.XHDTYPE, 2**33), (tarfile.GNUTYPE_LONGNAME, 2**33), (tarfile.REGTYPE, -512)):
-        header = bytearray(tar_bytes({"a.jpg": b""})[:512])
-        header[156:157] = kind
-        header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
-        header[148:156] = b" " * 8
-        header[148:156] = b"%06o\0 " % sum(header)
-        assert tar_of(tmp_path, tar_bytes(FIVE)[: 1536 * 5] + header) == [*WHOLE, ("#end", "corrupt")]
-
-
-def test_a_damaged_gzip_stream_gives_all_before_the_damage(tmp_path: Path) -> None:
-    """To the last sample that unpacks; and a wrong checksum at the end is told."""
-    noise = {f"{i}.jpg": random.Random(i).randbytes(3000) for i in range(60)}
-    content = gzip.compress(tar_bytes(noise))
-    whole = [(name[:-4], image) for name, image in noise.items()]
-    broken = bytearray(content)
-    broken[len(content) // 2 : len(content) // 2 + 40] = b"\xff" * 40
-    got = tar_of(tmp_path, bytes(broken))
-    assert got[-1] in [("#end", "corrupt"), (got[-1][0], "corrupt")] and len(got) >= 29
-    assert got[:28] == whole[:28]
-    assert tar_of(tmp_path, content[:-8] + b"\0" * 8) == [*whole, ("#end", "corrupt")]
-    assert tar_of(tmp_path, content[:-4]) == [*whole, ("#end", "truncated")]
+# Errors of the store
 
 
 class Failing(io.RawIOBase):
@@ -359,145 +183,7 @@ def test_a_vanished_shard_is_the_stores_error(tmp_path: Path) -> None:
             list(read_samples(shard))
 
 
-# Parquet
-
-
-def test_rows_are_those_that_pandas_reads(tmp_path: Path) -> None:
-    """Images, keys and labels of several row groups, at odd batch borders."""
-    rng = random.Random(1)
-    images = [rng.randbytes(rng.randrange(1, 4000)) for _ in range(250)]
-    path = write_parquet(
-        tmp_path / "x.parquet", images, key=[f"k/{i}.jpg" for i in range(250)], label=[i % 10 for i in range(250)]
-    )
-    frame, samples = pd.read_parquet(path), samples_of(path, "parquet")
-    assert [s.image for s in samples] == list(frame["image"]) == images
-    assert [s.key for s in samples] == list(frame["key"])
-    assert [s.label for s in samples] == list(frame["label"])
-    by_label = samples_of(path, "parquet", Columns(key="label"))
-    assert [s.key for s in by_label][:10] == [str(i) for i in range(10)]
-    assert {s.reject.reason for s in by_label[10:] if s.reject} == {"duplicate_key"} and len(by_label) == 250
-
-
-def test_hugging_faces_struct_and_null_values(tmp_path: Path) -> None:
-    """Null: missing; a path without bytes: missing, and a file of that name is never read; no key: the row's number."""
-    values = [
-        {"bytes": b"1", "path": "a.jpg"}, None, {"bytes": None, "path": "/etc/hostname"}, {"bytes": b"", "path": None},
-    ]  # fmt: skip
-    image = pa.array(values, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    pq.write_table(pa.table({"image": image, "labels": [3, None, 2**40, 5]}), tmp_path / "x.parquet")
-    samples = samples_of(tmp_path / "x.parquet", "parquet")
-    assert told(samples) == [("0", b"1"), ("1", "missing_image"), ("2", "missing_image"), ("3", "empty")]
-    assert samples[2].reject and "'/etc/hostname' and does not hold its bytes" in samples[2].reject.message
-    assert [s.label for s in samples] == [3, None, None, 5]
-
-
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
-def test_every_binary_and_text_type_is_read(tmp_path: Path, kind: pa.DataType) -> None:
-    """Also dictionaries, as pandas' categories become; null and empty keys get the row's number; bad UTF-8 too."""
-    not_utf8 = pa.array([b"x", b"\xff", b"", None]).view(pa.binary()).cast(pa.string(), safe=False)
-    for key, expected in (
-        (pa.array(["x", "y", None, ""], pa.large_string()), ["x", "y", "#2", "#3"]),
-        (pa.array(["x", "y", "z", None]).dictionary_encode(), ["x", "y", "z", "#3"]),
-        (pa.array([7, 8, None, 9], pa.uint64()), ["7", "8", "#2", "9"]),
-        (not_utf8, ["x", "#1", "#2", "#3"]),
-    ):
-        table = pa.table({"scan": pa.array([b"1", b"2", b"3", b"4"], kind), "Image_ID": key})
-        pq.write_table(table, tmp_path / "x.parquet")
-        samples = samples_of(tmp_path / "x.parquet", "parquet")
-        assert told(samples) == list(zip(expected, [b"1", b"2", b"3", b"4"], strict=True))
-
-
-SCHEMA = {"b": pa.binary(), "s": pa.string(), "i": pa.int64(), "f": pa.float32()}
-
-
-@pytest.mark.parametrize(
-    ("columns", "expected"),
-    [
-        ("any:b", ("any", None, None, None)),
-        ("image:b mask:b id:i", ("image", None, "id", None)),
-        ("JPG:b data:b __key__:s key:s", ("JPG", None, "__key__", None)),
-        ("data:b other:b name:s", ("data", None, "name", None)),
-        ("url:s label:i", (None, "url", None, "label")),
-        ("image:b url:s label:f cls:i", ("image", None, None, "cls")),
-        ("id:i image:b y:i", ("image", None, "id", "y")),
-        ("image:s uri:s", (None, "uri", None, None)),
-    ],
-)
-def test_columns_are_found_by_type_and_name(columns: str, expected: tuple[str | None, ...]) -> None:
-    """Images, URLs, keys, labels; whatever their case."""
-    schema = pa.schema([(name, SCHEMA[kind]) for name, kind in (c.split(":") for c in columns.split())])
-    found = find_columns(schema, UNNAMED)
-    assert (found.image, found.uri, found.key, found.label) == expected
-
-
-@pytest.mark.parametrize(
-    ("columns", "asked", "message"),
-    [
-        ("x:b y:b", {}, r"columns x \(binary\), y \(binary\): more than one.*--image-column"),
-        ("image:b photo:b", {}, "more than one"),
-        ("hash:b url:s", {}, "more than one"),
-        ("text:s n:i", {}, "none of them"),
-        ("image:b", {"image": "img"}, r"--image-column img: no such column among image \(binary\)"),
-        ("image:b s:s", {"image": "s"}, "it is string, not binary"),
-        ("image:b n:i", {"uri": "n"}, "it is int64, not string"),
-        ("image:b n:f", {"key": "n"}, "it is float, not string or integer"),
-        ("image:b u:s", {"image": "image", "uri": "u"}, "give one of them"),
-    ],
-)
-def test_unclear_or_wrong_columns_are_refused(columns: str, asked: dict[str, str], message: str) -> None:
-    """With the columns that there are."""
-    schema = pa.schema([(name, SCHEMA[kind]) for name, kind in (c.split(":") for c in columns.split())])
-    with pytest.raises(UsageError, match=message):
-        find_columns(schema, Columns(**asked))
-
-
-def test_a_broken_page_costs_its_rows_and_no_others(tmp_path: Path) -> None:
-    """The rest of its row group is rejected under its own keys; the next row group goes on."""
-    images = [random.Random(i).randbytes(3000) for i in range(90)]  # that snappy leaves as they are
-    path = write_parquet(tmp_path / "x.parquet", images, row_group_rows=30, key=[f"k{i}" for i in range(90)])
-    content = bytearray(path.read_bytes())
-    at = content.index(images[45][500:2500])
-    content[at + 50] ^= 0xFF
-    path.write_bytes(content)
-    got = told(samples_of(path, "parquet"))
-    assert [key for key, _ in got] == [f"k{i}" for i in range(90)]
-    assert [what for _, what in got[:30]] == images[:30] and [what for _, what in got[60:]] == images[60:]
-    broken = [i for i, (_, what) in enumerate(got) if what == "corrupt"]
-    assert broken == list(range(broken[0], 60)) and broken[0] <= 45
-    assert [what for _, what in got[30 : broken[0]]] == images[30 : broken[0]]
-
-
-def test_a_broken_key_page_gives_row_numbers(tmp_path: Path) -> None:
-    """The images of the row group are whole and come; their keys are `#<row>`."""
-    path = write_parquet(
-        tmp_path / "x.parquet", [bytes([i]) for i in range(1, 41)], 20, key=[f"k{i}" for i in range(40)]
-    )
-    column = pq.read_metadata(path).row_group(1).column(1)
-    content = bytearray(path.read_bytes())
-    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0xFF
-    path.write_bytes(content)
-    got = told(samples_of(path, "parquet"))
-    assert got == [(f"k{i}" if i < 20 else f"#{i}", bytes([i + 1])) for i in range(40)]
-
-
-def test_a_footer_that_cannot_be_read_is_one_reject(tmp_path: Path) -> None:
-    """Empty, cut, overwritten, or promising rows that its columns do not hold."""
-    path = write_parquet(tmp_path / "x.parquet", [b"1"] * 50)
-    content = path.read_bytes()
-    for damaged, reason in (
-        (b"", "empty"), (b"PAR1", "corrupt"), (content[:-30], "truncated"), (content[:-4] + b"XXXX", "truncated"),
-        (b"hello" * 50, "corrupt"), (content[:-60] + b"\xff" * 52 + content[-8:], "corrupt"),
-    ):  # fmt: skip
-        path.write_bytes(damaged)
-        assert told(samples_of(path, "parquet")) == [("#end", reason)]
-    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), path)
-    assert samples_of(path, "parquet") == []
-
-
-def test_a_shard_with_other_columns_rejects_its_rows(tmp_path: Path) -> None:
-    """The first shard had the columns, this one has not: its rows are counted, the job goes on."""
-    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "x.parquet")
-    assert told(samples_of(tmp_path / "x.parquet", "parquet")) == [("0", "missing_image"), ("1", "missing_image")]
+# Addresses
 
 
 def test_uri_columns_leave_the_fetching_to_threads(tmp_path: Path) -> None:
@@ -515,9 +201,6 @@ def test_uri_columns_leave_the_fetching_to_threads(tmp_path: Path) -> None:
         f.write((tmp_path / "x.parquet").read_bytes())
     (shard,) = list_shards(["memory://bucket/d/x.parquet"])
     assert [s.url for s in read_samples(shard)][1:3] == ["memory:///bucket/d/b/c.jpg", "memory:///bucket/d.jpg"][:2]
-
-
-# Addresses
 
 
 def refused(url: str) -> Reject:
