@@ -28,6 +28,7 @@ def main() -> None:
     """The console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # timm's and torch's hints to their own callers; `python -W` shows them
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are told once, by our own message
     logging.basicConfig(level=os.environ.get("SHARD2VEC_LOG", "ERROR"))
     stamina.instrumentation.set_on_retry_hooks([])  # its default prints a bare line for every retry
     try:

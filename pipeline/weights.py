@@ -128,7 +128,7 @@ def _some(keys: list[str]) -> str:
 
 
 def _line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:400] or type(e).__name__
+    return " ".join(str(e).split())[:400].rstrip(".") or type(e).__name__
 
 
 def sha256(state: dict[str, Any]) -> str:
