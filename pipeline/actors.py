@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ def local_ray() -> Iterator[None]:
     context = DataContext.get_current()
     before = {name: getattr(context, name) for name in DATA_SETTINGS}
     terminated = signal.getsignal(signal.SIGTERM)
-    with _native_stderr_silenced():
+    # Ray reports dead workers on stdout, which belongs to results; the run says so itself.
+    with _native_stderr_silenced(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         try:
             start_ray()
             if threading.current_thread() is threading.main_thread():

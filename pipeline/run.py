@@ -2,6 +2,7 @@
 
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,11 @@ class Result:
     json: dict[str, Any] = field(default_factory=dict)
 
 
-def embed(config: RunConfig, say: Callable[[str], None] = print) -> Result:
+def say_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Result:
     """Embeds what the output lacks and commits a version. `say` gets a line for a person at each step.
 
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
@@ -186,11 +191,12 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             decode_threads=run.threads,
             torch_threads=run.threads,
         )
-        board = actors.make_board()
         with Display(state) as display:
             for start in range(0, len(run.todo), WAVE_SHARDS):
+                board = actors.make_board()
                 coming = actors.embed_on_ray(job, run.todo[start : start + WAVE_SHARDS], board, pool, gpus)
-                for receipt in _watched(coming, board, state, display, run.config.stall_timeout_s):
+                fixed = pool[1] if pool[0] == pool[1] else sys.maxsize  # a pool that breathes starts workers too
+                for receipt in _watched(coming, board, fixed, state, display, run.config.stall_timeout_s, say):
                     run.receipts.append(receipt)
                     if receipt.error:
                         run.failed.append(receipt)
@@ -206,7 +212,13 @@ def _check_failures(run: Run, finished: bool = False) -> None:
 
 
 def _watched(
-    receipts: Iterator[Receipt], board: Any, state: State, display: Display, stall_timeout_s: float
+    receipts: Iterator[Receipt],
+    board: Any,
+    workers: int,
+    state: State,
+    display: Display,
+    stall_timeout_s: float,
+    say: Callable[[str], None],
 ) -> Iterator[Receipt]:
     """The same receipts, while progress is shown; raises `Stalled` when nothing moves, `Failed` when Ray gives up."""
     arrived: queue.Queue[Any] = queue.Queue()
@@ -235,6 +247,9 @@ def _watched(
         last_looked = time.monotonic()
         said = actors.read_board(board)
         state.see(said.values())
+        if len(said) > workers:  # each started under a name of its own
+            say(f"{len(said) - workers} worker died and was started again: what it had not published is done again")
+            workers = len(said)
         display.show()
         if item is None:
             state.settle()

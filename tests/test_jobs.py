@@ -1,5 +1,6 @@
 """The command line: exit codes, one sentence for each mistake, JSON last on stdout."""
 
+import contextlib
 import json
 import os
 import signal
@@ -308,6 +309,37 @@ def test_only_results_go_to_stdout_and_ray_is_silent(shards: Path, tmp_path: Pat
     assert run.returncode == 0 and len(out.splitlines()) == 1 and json.loads(out)["rows"] == 21
     for line in err.splitlines():
         assert line.startswith(("test_vit@", "embedding ", "shard2vec: ")), line
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_time_and_no_row(tmp_path: Path) -> None:
+    """The actor is started again, its unpublished shards are done again, and stdout is still the result alone."""
+    shards, output = many_shards(tmp_path / "in"), tmp_path / "out"
+    run = start(*slow_args(shards, output), "--actors", 1)
+    wait_for(lambda: list(output.rglob("embeddings/*.parquet")) or run.poll() is not None)
+    os.kill(worker_of(run.pid), signal.SIGKILL)
+    out, err = run.communicate(timeout=240)
+    assert run.returncode == 0, err
+    assert "1 worker died and was started again" in err
+    assert len(out.splitlines()) == 1 and json.loads(out)["rows"] == 144
+    assert call("verify", output, "--input", shards)[0] == 0
+
+
+def worker_of(pid: int) -> int:
+    """The process that embeds for this driver: Ray names it after the class; its raylet is the driver's child."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"ray::MapWorker" in path.read_bytes() and pid in ancestors(int(path.parent.name)):
+                return int(path.parent.name)
+    raise AssertionError("no worker found")
+
+
+def ancestors(pid: int) -> list[int]:
+    parents = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        parents.append(pid)
+    return parents
 
 
 @pytest.mark.slow
