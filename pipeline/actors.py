@@ -40,7 +40,7 @@ DATA_SETTINGS = {
 }
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it
 # One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
-# has a model and an interpreter of its own: 1 to 2 GB with the larger backbones.
+# has a model and an interpreter of its own; 3 GB leave room beside pit_b's whole run of two, 4.8 GB with the driver.
 CPU_ACTOR_BYTES = 3 * 2**30
 RESTARTS = 4  # of one actor; Ray's own default is for ever
 TICK_S = 1.0
