@@ -6,6 +6,8 @@ import typer
 
 from jobs import exits
 
+BETWEEN = {int: "×", list: " · ", float: ", "}  # by the type of a list's parts: sides of a shape, shapes, channels
+
 
 def describe(
     model: Annotated[str, typer.Argument(help="Any timm name, hf-hub:… or local-dir:…")],
@@ -23,20 +25,26 @@ def describe(
         if json:
             exits.print_json(card)
         else:
-            for name, value in card.items():
-                print(f"{name:>14}  {_text(value)}")
+            _print(card)
         return 0
 
     exits.run(body, json)
 
 
+def _print(card: dict[str, Any]) -> None:
+    """A line per number, names to the right; then a line per note."""
+    numbers = {name: value for name, value in card.items() if name != "notes"}
+    width = max(map(len, numbers))
+    for name, value in numbers.items():
+        print(f"{name:>{width}}  {_text(value)}")
+    if card["notes"]:
+        print("", *card["notes"], sep="\n")
+
+
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list) and value and isinstance(value[0], list):
-        return " · ".join(_text(v) for v in value)
-    return (
-        "×".join(_text(v) for v in value)
-        if isinstance(value, list) and all(isinstance(v, int) for v in value)
-        else (", ".join(_text(v) for v in value) if isinstance(value, list) else str(value))
-    )
+    """One line: 4.364, bicubic, 3×256×256, 64×27×27 · 128×14×14; `none` for nothing."""
+    if value in (None, []):
+        return "none"
+    if isinstance(value, list):
+        return BETWEEN[type(value[0])].join(map(_text, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

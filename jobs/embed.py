@@ -19,10 +19,21 @@ def embed(
     key_column: Annotated[str | None, typer.Option(help="Parquet: the id of each row [found, else its number]")] = None,
     uri_column: Annotated[str | None, typer.Option(help="Parquet: image URLs to fetch [found]")] = None,
     weights: Annotated[str, typer.Option(help="pretrained, random:SEED, or a .safetensors/.pth URL")] = "pretrained",
-    outputs: Annotated[str | None, typer.Option(help="Of embedding,classes [both, where there are classes]")] = None,
+    outputs: Annotated[
+        str | None, typer.Option(help="Of embedding,classes,tokens,features,heads [embedding,classes]")
+    ] = None,
+    feature_indices: Annotated[
+        str | None, typer.Option(help="Feature maps, as 0,2: out_indices of timm")
+    ] = None,
+    feature_names: Annotated[str | None, typer.Option(help="Features by name, as stage_1/block_2,features_all")] = None,
     top_k: Annotated[int, typer.Option(help="Classes a row")] = 5,
     labels: Annotated[str | None, typer.Option(help="Class names, one a line [the model's, else ImageNet's]")] = None,
+    only_metrics: Annotated[bool, typer.Option("--only-metrics", help="Classes and accuracy, no vectors")] = False,
     image_size: Annotated[str | None, typer.Option(help="H or HxW [the model's own]")] = None,
+    in_chans: Annotated[
+        int | None, typer.Option(help="Channels: 1 grey, 3 RGB, 4 RGBA [the model's own]")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the head; 0 drops it [the weights' own]")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto: bf16 where the hardware has it")] = "auto",
     engine: Annotated[str, typer.Option(help="eager")] = "eager",
     decode: Annotated[str, typer.Option(help="exact: bit-equal to timm's own transform")] = "exact",
@@ -48,12 +59,12 @@ def embed(
     """
 
     def body() -> int:
-        _refuse_unavailable(image_size=image_size, engine=engine, decode=decode, ray_address=ray_address)
+        _refuse_unavailable(engine=engine, decode=decode, ray_address=ray_address)
         for flag, value in (("--input", input), ("--output", output), ("--model", model)):
             if not value:
                 raise UsageError(f"{flag} is missing: see `shard2vec embed --help`")
         assert input and output and model
-        from pipeline.config import RunConfig
+        from pipeline.config import Adapt, RunConfig
         from pipeline.listing import Columns
         from pipeline.run import embed as run
 
@@ -65,7 +76,11 @@ def embed(
                 format=format,
                 columns=Columns(image=image_column, key=key_column, uri=uri_column),
                 weights=weights,
-                outputs=None if outputs is None else tuple(o.strip() for o in outputs.split(",")),
+                outputs=_words(outputs),
+                feature_indices=_indices(feature_indices),
+                feature_names=_words(feature_names),
+                only_metrics=only_metrics,
+                adapt=Adapt(image_size=_size(image_size), in_chans=in_chans, num_classes=num_classes),
                 top_k=top_k,
                 labels=labels,
                 precision=precision,
@@ -90,10 +105,8 @@ def embed(
     exits.run(body, json)
 
 
-def _refuse_unavailable(*, image_size: str | None, engine: str, decode: str, ray_address: str | None) -> None:
+def _refuse_unavailable(*, engine: str, decode: str, ray_address: str | None) -> None:
     """What the contract names and this version does not do yet is refused, never ignored."""
-    if image_size is not None:
-        raise UsageError(f"--image-size {image_size} is not available yet: the model's own input size is used")
     for flag, value, known, planned in (
         ("--engine", engine, "eager", ("compile", "openvino")),
         ("--decode", decode, "exact", ("fast", "scaled", "cuda")),
@@ -104,6 +117,26 @@ def _refuse_unavailable(*, image_size: str | None, engine: str, decode: str, ray
             raise UsageError(f"{flag} {value}: choose {known}")
     if ray_address is not None:
         raise UsageError(f"--ray-address {ray_address} is not available yet: leave it out to use a local Ray")
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(","))
+
+
+def _indices(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(index) for index in text.split(","))
+    except ValueError:
+        raise UsageError(f"--feature-indices {text}: must be whole numbers, as in 0,2") from None
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and (width.isdecimal() or "x" not in text.lower())):
+        raise UsageError(f"--image-size {text}: must be H or HxW, as in 320 or 256x384")
+    return int(height), int(width or height)
 
 
 def _batch_size(text: str) -> int | None:

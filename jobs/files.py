@@ -9,7 +9,7 @@ from jobs import exits
 
 def files(
     output: Annotated[str, typer.Argument(help="The dataset's root")],
-    kind: Annotated[str, typer.Option(help="embeddings or rejects")] = "embeddings",
+    kind: Annotated[str, typer.Option(help="embeddings, rejects, tokens, features or heads")] = "embeddings",
     version: Annotated[int | None, typer.Option(help="[the current one]")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
 ) -> None:

@@ -153,11 +153,13 @@ class EmbedShards:
         backbone = load_backbone(
             vectors.model,
             Path(job.weights),
+            job.adapt,
             precision=vectors.precision,
             device=job.device,
             classes=bool(vectors.top_k),
             top_k=vectors.top_k,
             batch_size=job.batch_size,
+            flats=vectors.flats,
         )
         self._embedder = Embedder(job, backbone)
         self._board, self._name = board, worker_name()

@@ -1,11 +1,12 @@
-"""The timm model: a batch of uint8 images → embeddings and classes, from one forward pass.
+"""The timm model: a batch of uint8 images → embeddings, classes, tokens and feature maps, from one forward pass.
 
 The body runs in the precision asked for, the head, the softmax and the norm always in float32. On CUDA a short batch is
 padded to the full size: one shape, one set of kernels. On the CPU padding only costs (22 % of 50-image shards).
 """
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
+from pipeline.config import Adapt, Flat
 from pipeline.errors import StorageError, UsageError
+from pipeline.features import Taps, flats
 from pipeline.images import Preprocessing
 from pipeline.storage import read_bytes, redact
 
@@ -32,6 +35,7 @@ class Vectors(NamedTuple):
     norm: torch.Tensor  # float32 (n,): Euclidean, before any normalisation
     topk_index: torch.Tensor | None  # int64 (n, max(k, TRUE_TOP) or fewer): by score, equal scores by index
     topk_score: torch.Tensor | None  # float32, the same shape: probabilities
+    flats: tuple[torch.Tensor, ...] = ()  # (n, size) for each `Flat`, of its dtype
 
     def to_numpy(self) -> "Arrays":
         """Waits for the device."""
@@ -41,6 +45,7 @@ class Vectors(NamedTuple):
             self.norm.cpu().numpy(),
             None if index is None else index.cpu().numpy(),
             None if score is None else score.cpu().numpy(),
+            tuple(flat.cpu().numpy() for flat in self.flats),
         )
 
 
@@ -51,6 +56,7 @@ class Arrays(NamedTuple):
     norm: np.ndarray
     topk_index: np.ndarray | None
     topk_score: np.ndarray | None
+    flats: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,24 @@ class Facts:
     pooling: str
     label_names: tuple[str, ...]  # empty where unknown
     labels_source: str  # model, imagenet or none
+    flats: tuple[Flat, ...] = ()  # the columns beside the embedding that were asked for
 
 
 def preprocessing_of(module: torch.nn.Module) -> Preprocessing:
     return Preprocessing.of(resolve_data_config({}, model=module))
 
 
-def facts_of(module: torch.nn.Module, model: str) -> Facts:
-    """Runs one blank image through the model on the CPU. Raises `UsageError` where it takes no plain image batch."""
+def facts_of(
+    module: torch.nn.Module,
+    model: str,
+    outputs: Sequence[str] = (),
+    feature_indices: tuple[int, ...] | None = None,
+    feature_names: tuple[str, ...] | None = None,
+) -> Facts:
+    """Runs one blank image through the model on the CPU. Raises `UsageError` where it takes no plain image batch.
+
+    `outputs`: of tokens, features and heads, whose columns `Facts.flats` then tells.
+    """
     preprocessing = preprocessing_of(module)
     blank = torch.zeros(1, *preprocessing.input_size)
     try:
@@ -79,14 +95,18 @@ def facts_of(module: torch.nn.Module, model: str) -> Facts:
             embedding = module.forward_head(body, pre_logits=True)  # type: ignore[operator]
             logits = module.forward_head(body)  # type: ignore[operator]
     except (RuntimeError, TypeError, AttributeError, ValueError, AssertionError, KeyError, IndexError) as e:
-        raise UsageError(f"model {model} takes no plain batch of images: {type(e).__name__}: {e}") from e
+        size = "x".join(map(str, preprocessing.input_size))
+        raise UsageError(f"model {model} takes no plain batch of {size} images: {type(e).__name__}: {e}") from e
     if not isinstance(embedding, torch.Tensor) or embedding.flatten(1).shape[0] != 1:
         raise UsageError(f"model {model} gives no pooled embedding")
     classes = int(getattr(module, "num_classes", 0) or 0)
     if classes and tuple(logits.shape) != (1, classes):
         raise UsageError(f"model {model} gives logits {tuple(logits.shape)} for its {classes} classes")
     names, source = _label_names(module, classes)
-    return Facts(preprocessing, embedding.flatten(1).shape[1], classes, _pooling(module), names, source)
+    with torch.inference_mode():
+        columns = flats(module, model, blank, outputs, feature_indices, feature_names)
+    dim = embedding.flatten(1).shape[1]
+    return Facts(preprocessing, dim, classes, _pooling(module), names, source, columns)
 
 
 def _pooling(module: torch.nn.Module) -> str:
@@ -141,10 +161,10 @@ def resolve_precision(precision: str, device: str) -> str:
 
 
 class Backbone:
-    """One model on one device. Not for several threads at once: PiT's hooks and ConViT's buffers are not thread-safe.
+    """One model on one device. Calls from several threads wait for each other: what hooks see belongs to one pass.
 
     `batch_size` None: found by timing on CUDA, 32 on the CPU. A CUDA out-of-memory halves it for good.
-    `pad`: fill short batches up to it; by default on CUDA.
+    `pad`: fill short batches up to it; by default on CUDA. `flats`: the columns to give beside the embedding.
     """
 
     def __init__(
@@ -157,25 +177,28 @@ class Backbone:
         top_k: int = TRUE_TOP,
         batch_size: int | None = None,
         pad: bool | None = None,
+        flats: Sequence[Flat] = (),
     ):
         self.preprocessing = preprocessing_of(module)
         self.device = torch.device(device)
         self._module = module.eval().to(self.device)
         self._dtype = DTYPES.get(precision)
+        self._taps = Taps(self._module, flats)
+        self._one_pass = threading.Lock()
         self._top = max(top_k, TRUE_TOP) if classes else 0
-        self._mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(self.preprocessing.std, device=self.device).view(1, 3, 1, 1)
+        self._mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, -1, 1, 1)
+        self._std = torch.tensor(self.preprocessing.std, device=self.device).view(1, -1, 1, 1)
         self._pad = self.device.type == "cuda" if pad is None else pad
         self.batch_size = batch_size or CPU_BATCH
         if batch_size is None and self.device.type == "cuda":
             self.batch_size = best_batch_size(self._images_per_s)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (n, 3, H, W) → float32, bit-equal to timm's ToTensor and Normalize."""
+        """uint8 (n, C, H, W) → float32, bit-equal to timm's ToTensor and Normalize."""
         return images.to(self.device, non_blocking=True).float().div(255).sub(self._mean).div(self._std)
 
     def __call__(self, images: torch.Tensor) -> Vectors:
-        """`images`: uint8 (n, 3, H, W), any n. On CUDA it returns while the device still works."""
+        """`images`: uint8 (n, C, H, W), any n. On CUDA it returns while the device still works."""
         expected = self.preprocessing.input_size
         if tuple(images.shape[1:]) != expected or images.dtype != torch.uint8:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, the model takes uint8 (n, *{expected})")
@@ -183,7 +206,8 @@ class Backbone:
         while start < len(images):
             chunk = images[start : start + self.batch_size]
             try:
-                parts.append(self._forward(chunk))
+                with self._one_pass:
+                    parts.append(self._forward(chunk))
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
@@ -200,16 +224,19 @@ class Backbone:
             images = torch.cat([images, images.new_zeros(self.batch_size - n, *images.shape[1:])])
         x = self.normalize(images)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
-            body = self._module.forward_features(x)  # type: ignore[operator]
+            body = self._taps.body(x)
         body = _float32(body)
         embedding = self._module.forward_head(body, pre_logits=True).flatten(1)[:n]  # type: ignore[operator]
         norm = torch.linalg.vector_norm(embedding, dim=1)
+        if not self._top and not self._taps.of_the_heads:
+            return Vectors(embedding, norm, None, None, self._taps.flat(body, n))
+        logits = self._taps.logits(body)[:n]
+        columns = self._taps.flat(body, n)
         if not self._top:
-            return Vectors(embedding, norm, None, None)
-        scores = self._module.forward_head(body)[:n].softmax(dim=1)  # type: ignore[operator]
+            return Vectors(embedding, norm, None, None, columns)
         # torch.topk leaves the order of equal scores open; a stable sort gives them by index.
-        ordered, index = scores.sort(dim=1, descending=True, stable=True)
-        return Vectors(embedding, norm, index[:, : self._top], ordered[:, : self._top])
+        ordered, index = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        return Vectors(embedding, norm, index[:, : self._top], ordered[:, : self._top], columns)
 
     def _images_per_s(self, batch_size: int) -> float:
         """Speed of the forward pass at this batch size, 0 where it does not fit the device's memory."""
@@ -246,11 +273,11 @@ def best_batch_size(images_per_s: Callable[[int], float]) -> int:
     return best
 
 
-def load_backbone(model: str, weights: Path, **settings: Any) -> Backbone:
+def load_backbone(model: str, weights: Path, adapt: Adapt, **settings: Any) -> Backbone:
     """A `Backbone` from a staged weights file (see `pipeline.weights`)."""
     from pipeline.weights import load_staged
 
-    return Backbone(load_staged(model, weights), **settings)
+    return Backbone(load_staged(model, weights, adapt), **settings)
 
 
 def _joined(parts: list[Vectors]) -> Vectors:
@@ -261,6 +288,7 @@ def _joined(parts: list[Vectors]) -> Vectors:
         torch.cat([p.norm for p in parts]),
         torch.cat(index) if index else None,
         torch.cat(score) if score else None,
+        tuple(torch.cat(columns) for columns in zip(*(p.flats for p in parts), strict=True)),
     )
 
 

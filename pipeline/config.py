@@ -11,13 +11,46 @@ from pipeline.errors import UsageError
 from pipeline.images import Preprocessing
 from pipeline.listing import FORMATS, Columns
 
-SCHEMA_VERSION = 1  # raise it with any change of the output's columns or of how a vector is made
-OUTPUTS = ("embedding", "classes")
+SCHEMA_VERSION = 2  # raise it with any change of the output's columns or of how a vector is made
+OUTPUTS = ("embedding", "classes", "tokens", "features", "heads")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 VECTOR_TYPES = ("float32", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_BATCH = 4096  # half a row group, and more than any device gains from
+MAX_SIDE = 16_384  # of an input image: a square one of float32 is 3 GB
 MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapt:
+    """How a model is built other than by its own configuration; None keeps the model's own."""
+
+    image_size: tuple[int, int] | None = None  # height, width
+    in_chans: int | None = None
+    num_classes: int | None = None  # 0: without its classifier
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and not all(0 < side <= MAX_SIDE for side in self.image_size):
+            raise UsageError(f"--image-size {'x'.join(map(str, self.image_size))}: must lie in 1 to {MAX_SIDE}")
+        _at_least("--in-chans", self.in_chans, 1)
+        _at_least("--num-classes", self.num_classes, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat:
+    """A column that holds one tensor of each row, or several one after the other, as a flat fixed-size list."""
+
+    kind: str  # the file that it lies in: tokens, features or heads
+    column: str
+    source: str  # what of the model: forward_features, an index of the feature maps, a name, or the two heads
+    shapes: tuple[tuple[int, ...], ...]  # of one row; several where the model gives a list
+    layouts: tuple[str, ...]  # of a batch, one for each shape: NLC, NCHW, NHWC, NC …
+    dtype: str = "float16"
+
+    @property
+    def size(self) -> int:
+        """Values a row."""
+        return sum(math.prod(shape) for shape in self.shapes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +64,13 @@ class RunConfig:
     format: str | None = None  # None: from the names
     columns: Columns = field(default_factory=Columns)
     weights: str = "pretrained"  # or random:SEED, or a URL of a .safetensors or .pth file
-    outputs: tuple[str, ...] | None = None  # None: the embedding, and classes where the model has a classifier
+    outputs: tuple[str, ...] | None = None  # beside the embedding; None: classes where the model has a classifier
     top_k: int = 5
     labels: str | None = None  # URL of a text file, a class name a line; None: the model's own, else ImageNet's
+    feature_indices: tuple[int, ...] | None = None  # timm's `out_indices`; None: the model's own choice
+    feature_names: tuple[str, ...] | None = None  # tfimm's names, as patch_embedding or stage_1/block_2
+    only_metrics: bool = False  # rows without vectors: classes, labels, and the accuracy over them
+    adapt: Adapt = field(default_factory=Adapt)  # another input size, channel or class count than the model's own
     precision: str = "auto"
     exif_orientation: bool = True
     normalize: bool = False
@@ -56,12 +93,7 @@ class RunConfig:
         _one_of("--precision", self.precision, PRECISIONS)
         _one_of("--vector-type", self.vector_type, VECTOR_TYPES)
         _one_of("--device", self.device, DEVICES)
-        for output in self.outputs or ():
-            if output in ("tokens", "features"):
-                raise UsageError(f"--outputs {output} is not available yet: choose of {','.join(OUTPUTS)}")
-            _one_of("--outputs", output, OUTPUTS)
-        if self.outputs is not None and "embedding" not in self.outputs:
-            raise UsageError(f"--outputs {','.join(self.outputs)}: every row has an embedding; add `embedding`")
+        self._check_outputs()
         if self.weights.startswith("random:"):
             seed = self.weights.removeprefix("random:")
             if not (seed.isascii() and seed.isdecimal() and int(seed) <= MAX_SEED):
@@ -79,6 +111,19 @@ class RunConfig:
             raise UsageError(f"--gpus-per-actor {self.gpus_per_actor}: must be 0 or more")
         if self.actors is not None and not 1 <= self.actors[0] <= self.actors[1]:
             raise UsageError(f"--actors {self.actors[0]}:{self.actors[1]}: must be N or MIN:MAX with 1 <= MIN <= MAX")
+
+    def _check_outputs(self) -> None:
+        for output in self.outputs or ():
+            _one_of("--outputs", output, OUTPUTS)
+        if self.only_metrics and self.outputs is not None:
+            raise UsageError(f"--only-metrics keeps no vectors: leave out --outputs {','.join(self.outputs)}")
+        for flag, value in (("--feature-indices", self.feature_indices), ("--feature-names", self.feature_names)):
+            if value is not None and "features" not in (self.outputs or ()):
+                raise UsageError(f"{flag} {','.join(map(str, value))}: add `features` to --outputs")
+            if value is not None and not all(v != "" for v in value):
+                raise UsageError(f"{flag} {','.join(map(str, value))}: a name is empty")
+        if self.feature_indices is not None and self.feature_names is not None:
+            raise UsageError("--feature-indices and --feature-names: choose one of them")
 
 
 def _one_of(flag: str, value: str | None, known: tuple[str | None, ...]) -> None:
@@ -103,6 +148,7 @@ class VectorSet:
     engine: str
     decode: str
     outputs: tuple[str, ...]
+    flats: tuple[Flat, ...]  # tokens, feature maps and heads, where they are kept
     pooling: str
     dim: int  # of the embedding
     classes: int  # 0: the model has no classifier
@@ -127,6 +173,14 @@ class VectorSet:
         """`<model>@<fingerprint>`, fit for a path: what a file name cannot hold becomes `_`."""
         safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in self.model)
         return f"{safe}@{self.fingerprint}"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of files that each shard becomes, the embeddings last: they commit it."""
+        return ("rejects", *dict.fromkeys(f.kind for f in self.flats), "embeddings")
+
+    def flats_of(self, kind: str) -> tuple[Flat, ...]:
+        return tuple(f for f in self.flats if f.kind == kind)
 
     @property
     def folder(self) -> str:

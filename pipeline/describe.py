@@ -1,7 +1,8 @@
 """The numbers of a model card for any timm name: no weights, and no download but the config of an `hf-hub:…`.
 
-A name enters, a JSON-able dict leaves. The model is built and run on the meta device (shapes without numbers); the
-few that cannot run there run on the CPU with random weights. An unknown name is refused with the nearest ones.
+A name enters, a JSON-able dict leaves, with notes where a printed card may say otherwise. The model is built and run on
+the meta device (shapes without numbers); the few that cannot run there run on the CPU with random weights. An unknown
+name is refused with the nearest ones.
 """
 
 import difflib
@@ -10,7 +11,8 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
 import timm
 import torch
@@ -18,38 +20,49 @@ from timm.data import resolve_data_config
 from timm.models import get_deprecated_models, get_pretrained_cfg, load_model_config_from_hf, parse_model_name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import UsageError
 
 Result = TypeVar("Result")
 aten = torch.ops.aten
 
-# Digits after the point, as model cards print them: 73.765 M parameters, 12.402 GMACs, 32.94 M activations.
+# Digits after the point: 73.765 M parameters, 12.402 GMACs, 32.94 M activations. Printed cards give one of each.
 PARAMS_DIGITS, GMACS_DIGITS, ACTIVATIONS_DIGITS = 3, 3, 2
+
+# The matrix products, and which argument their left operand is; the right one follows it.
+LEFT_OPERAND = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
+
+TWO_HEADS = (
+    "This model has two heads: the embedding is the mean of what enters them, the classes come from the mean of what "
+    "leaves them; --outputs heads keeps both."
+)
+NO_FEATURES = "timm has no feature maps of this model."
 
 
 def describe(model_name: str) -> dict[str, Any]:
     """What `model_name` costs, wants and gives, for one image at the model's own input size.
 
-    Returns `model`, `params_m`, `gmacs` (attention's products counted), `activations_m` (outputs of convolutions,
-    linear layers and attention's products), `input_size` [C, H, W], `resize` (the shorter side before the crop, or
-    the box [H, W] that images are squashed or fitted to), `crop_pct`, `interpolation`, `mean`, `std`,
-    `embedding_dim` (None for an encoder without a head), `classes`, `tokens` (the shape of `forward_features`, its
-    batch of 1 included; a list of shapes where there are several) and `features` ([C, H, W] of each map of
-    `features_only=True`; empty where there is none).
+    Returns `model`, `params_m` (millions), `gmacs` (10⁹ multiply-adds of convolutions and all matrix products,
+    attention's included), `activations_m` (millions of numbers that those give), `gmacs_without_attention` and
+    `activations_m_without_attention` (the same, less the products of two activations), `input_size` [C, H, W],
+    `resize` (the shorter side before the crop, or the box [H, W] that images are squashed or fitted to), `crop_pct`,
+    `interpolation`, `mean`, `std`, `embedding_dim` (None for an encoder without a head), `classes`, `tokens` (the shape
+    of `forward_features`, its batch of 1 included; a list of shapes where there are several), `features` ([C, H, W] of
+    each map of `features_only=True`; empty where there is none) and `notes` (sentences; empty where there are none).
 
     Raises `UsageError` for a name that `check_model_name` refuses and for a model that does not run at its own size.
     """
     check_model_name(model_name)
     try:
-        card = _on_meta_or_cpu(lambda: _card(model_name))
+        card, notes = _on_meta_or_cpu(lambda: _card(model_name))
     except RuntimeError as error:
         raise UsageError(f"model {model_name} cannot be built and run at its own input size: {error}") from error
     try:
         features = _on_meta_or_cpu(lambda: _feature_shapes(model_name, card["input_size"]))
-    except RuntimeError:  # timm has no feature maps of it
-        features = []
-    return {**card, "features": features}
+    except RuntimeError:
+        features, notes = [], [*notes, NO_FEATURES]
+    return {**card, "features": features, "notes": notes}
 
 
 def check_model_name(name: str) -> None:
@@ -102,18 +115,23 @@ def _on_meta_or_cpu(compute: Callable[[], Result]) -> Result:
                 return compute()
 
 
-def _card(model_name: str) -> dict[str, Any]:
+def _card(model_name: str) -> tuple[dict[str, Any], list[str]]:
+    """The card but for its feature maps, and its notes."""
     model = timm.create_model(model_name, pretrained=False).eval()
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     image = torch.zeros(1, *config["input_size"])
-    with _Products() as products:
+    with _Products(image) as run:
         model(image)
+    every = _cost(run.products)
+    weighted = _cost([product for product in run.products if not product.is_attention])
     tokens = model.forward_features(image)
-    return {
+    card = {
         "model": model_name,
         "params_m": round(sum(weight.numel() for weight in model.parameters()) / 1e6, PARAMS_DIGITS),
-        "gmacs": round(products.multiply_adds / 1e9, GMACS_DIGITS),
-        "activations_m": round(products.outputs / 1e6, ACTIVATIONS_DIGITS),
+        "gmacs": round(every.gmacs, GMACS_DIGITS),
+        "activations_m": round(every.activations_m, ACTIVATIONS_DIGITS),
+        "gmacs_without_attention": round(weighted.gmacs, GMACS_DIGITS),
+        "activations_m_without_attention": round(weighted.activations_m, ACTIVATIONS_DIGITS),
         "input_size": list(config["input_size"]),
         "resize": _resize(config),
         "crop_pct": config["crop_pct"],
@@ -124,6 +142,7 @@ def _card(model_name: str) -> dict[str, Any]:
         "classes": model.num_classes,
         "tokens": _shape(tokens),
     }
+    return card, [*_attention_note(every, weighted), *([TWO_HEADS] if _has_two_heads(model) else [])]
 
 
 def _resize(config: dict[str, Any]) -> int | list[int]:
@@ -155,32 +174,71 @@ def _feature_shapes(model_name: str, input_size: list[int]) -> list[list[int]]:
     return [shape if shape[0] == count else [count, *shape[:-1]] for shape, count in zip(shapes, channels, strict=True)]
 
 
+def _has_two_heads(model: torch.nn.Module) -> bool:
+    """Distilled PiT and DeiT, LeViT, EfficientFormer, SwiftFormer: timm's forward gives the mean of both."""
+    return bool(model.num_classes) and getattr(model, "head_dist", None) is not None
+
+
+class _Cost(NamedTuple):
+    gmacs: float
+    activations_m: float
+
+
+def _attention_note(every: _Cost, weighted: _Cost) -> list[str]:
+    """Nothing where both round to what a card would print."""
+    printed, shorter = ((f"{cost.gmacs:.1f}", f"{cost.activations_m:.1f}") for cost in (every, weighted))
+    if printed == shorter:
+        return []
+    return [
+        "Model cards made after fused attention kernels came often leave attention's products out: they print about "
+        f"{shorter[0]} GMACs and {shorter[1]} M activations instead of {printed[0]} and {printed[1]}."
+    ]
+
+
+class _Product(NamedTuple):
+    multiply_adds: int
+    outputs: int
+    is_attention: bool  # a matrix product of two activations, no weight among them
+
+
+def _cost(products: list[_Product]) -> _Cost:
+    multiply_adds = sum(product.multiply_adds for product in products)
+    return _Cost(multiply_adds / 1e9, sum(product.outputs for product in products) / 1e6)
+
+
 class _Products(TorchDispatchMode):
-    """Counts multiply-adds and output elements of all convolutions and matrix products run within.
+    """Notes all convolutions and matrix products that a model runs on `image`.
 
     Linear layers, einsum, recurrent layers and attention (under `SDPBackend.MATH`) are made of these.
     `FlopCounterMode` gives the same count, but fails on PiT: its module tracker does not see through tuples.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, image: torch.Tensor) -> None:
         super().__init__()
-        self.multiply_adds, self.outputs = 0, 0
+        self.products: list[_Product] = []
+        # Where activations lie, a view with what it views: all that is made of the image, or given by a product (the
+        # projection of a learned query). What is made of parameters and constants in another way (cast, copied,
+        # interpolated, looked up) is still a weight.
+        self._activations = WeakSet([image.untyped_storage()])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if (multiply_adds := _multiply_adds(func.overloadpacket, args, out)) is not None:
-            self.multiply_adds += multiply_adds
-            self.outputs += out.numel()
+        out, op = func(*args, **(kwargs or {})), func.overloadpacket
+        if op is aten.convolution:
+            image, weight, is_transposed = args[0], args[1], args[6]
+            multiply_adds = (image if is_transposed else out).numel() * weight[0].numel()
+            self.products.append(_Product(multiply_adds, out.numel(), is_attention=False))
+        elif op in LEFT_OPERAND:
+            operands = args[LEFT_OPERAND[op] :][:2]
+            multiply_adds = out.numel() * operands[0].shape[-1]
+            self.products.append(_Product(multiply_adds, out.numel(), all(map(self._is_activation, operands))))
+        elif not any(map(self._is_activation, _tensors((args, kwargs)))):
+            return out
+        self._activations.update(tensor.untyped_storage() for tensor in _tensors(out))
         return out
 
+    def _is_activation(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage() in self._activations
 
-def _multiply_adds(op: Any, args: tuple[Any, ...], out: Any) -> int | None:
-    """None where `op` is neither a convolution nor a matrix product."""
-    if op in (aten.mm, aten.bmm, aten.mv):
-        return int(out.numel() * args[0].shape[-1])
-    if op in (aten.addmm, aten.baddbmm, aten.addmv):
-        return int(out.numel() * args[1].shape[-1])
-    if op is aten.convolution:
-        image, weight, transposed = args[0], args[1], args[6]
-        return int((image if transposed else out).numel() * weight[0].numel())
-    return None
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -19,21 +19,23 @@ import numpy as np
 import torch
 
 from pipeline.backbone import Backbone, Vectors
-from pipeline.config import VectorSet
+from pipeline.config import Adapt, VectorSet
 from pipeline.errors import Reject, StorageError
 from pipeline.flow import ByteBudget, Flow
 from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard
+from pipeline.output import Root
 from pipeline.rows import NotFinite, ShardWriter
 from pipeline.shards import Sample, fetch, read_samples
-from pipeline.storage import Root, is_local, is_unchanged, resolve
+from pipeline.storage import is_local, is_unchanged, resolve
 from pipeline.versions import ShardFiles, publish, published
 
 LOOKAHEAD_BATCHES = 2  # decoded images that wait: one batch being filled, one ready
 LOOKAHEAD_BYTES = 256 * 2**20  # encoded images between reader and decoders, one larger than that allowed alone
 FETCHED_BYTES = 4 * 2**20  # what an image behind a URL is taken to weigh before it is there
 FETCHERS = 16  # URL columns: requests under way at once, latency is all they cost
-WRITES_WAITING = 4  # batches of vectors between device and writer
+WRITES_WAITING = 4  # batches of vectors between device and writer …
+WAITING_BYTES = 128 * 2**20  # … and fewer where tokens or feature maps make them large
 STAGES = ("read", "decode", "forward", "write")
 END = object()  # closes a shard's events
 
@@ -45,6 +47,7 @@ class Job:
     vectors: VectorSet
     labels: tuple[str, ...]  # one a class, or empty
     weights: str  # the staged safetensors file on this node
+    adapt: Adapt  # the architecture that they fit
     output: str
     device: str
     batch_size: int | None
@@ -125,7 +128,7 @@ class Embedder:
         flow = Flow()
         ahead = LOOKAHEAD_BATCHES * self.backbone.batch_size
         feed: queue.Queue[Any] = queue.Queue(maxsize=ahead)
-        to_write: queue.Queue[Any] = queue.Queue(maxsize=WRITES_WAITING)
+        to_write: queue.Queue[Any] = queue.Queue(maxsize=self._writes_waiting())
         receipts: queue.Queue[Receipt] = queue.Queue()
         with ThreadPoolExecutor(self.job.decode_threads) as decoders, ThreadPoolExecutor(FETCHERS) as fetchers:
             reader = flow.start(lambda: self._read(shards, flow, feed, decoders, fetchers), then=feed)
@@ -146,6 +149,10 @@ class Embedder:
                 fetchers.shutdown(wait=False, cancel_futures=True)
                 reader.join()
                 writer.join()
+
+    def _writes_waiting(self) -> int:
+        row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in self.job.vectors.flats)
+        return max(1, min(WRITES_WAITING, WAITING_BYTES // max(1, row_bytes * self.backbone.batch_size)))
 
     # reader thread
 

@@ -1,4 +1,4 @@
-"""Image bytes become one uint8 image of the model's size, or a `Reject` that says why not.
+"""Image bytes become one uint8 image of the model's size and channels, or a `Reject` that says why not.
 
 What enters was made by strangers: it may be empty, cut, a web page, or a bomb of a few kilobytes. What leaves is
 bit-equal to timm's own evaluation transform, short of its last step (divide by 255, subtract the mean, divide by the
@@ -22,10 +22,12 @@ from PIL import ExifTags, Image, ImageCms
 
 from pipeline.errors import Reason, Reject, UsageError
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes, by the number of channels that a model takes
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: twice its Image.MAX_IMAGE_PIXELS
 MAX_ASPECT = 100  # the short side is what gets resized: 65500x1 would become 4 Gpx; 8000x8 (2.6 kB) costs 127 MB
-# Above this, one image at a time in a process. At 4 to 12 bytes a pixel (Pillow's RGB takes 4, a conversion or a turn
-# as much again) sixteen threads with a 179 Mpx image each would want 30 GB; so it is 2 GB and sixteen small ones.
+# Above this, one image at a time in a process. At 4 to 15 bytes a pixel (Pillow's RGB takes 4; a turn, a conversion, or
+# an alpha multiplied into the colours for the resize as much again, 32-bit levels most) sixteen threads with a 179 Mpx
+# image each would want 30 GB and more; so it is at most 2.7 GB and sixteen small ones.
 LARGE_PIXELS = 32_000_000
 CONTAINERS = {"ICO", "ICNS"}  # their directory tells a small size, the PNG inside may have any: treated as large
 
@@ -68,6 +70,9 @@ AS_STORED = UPRIGHT | {6: Turn.ROTATE_90, 8: Turn.ROTATE_270}  # undoes UPRIGHT
 
 # What Pillow's EXIF parser raises on damaged blocks.
 EXIF_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error)
+# What its conversions raise: mostly a ValueError; on PNGs with two headers, whose palette or transparency does not
+# fit their mode, also a TypeError or an AssertionError (AttributeError under `python -O`).
+CONVERT_ERRORS = (*EXIF_ERRORS, AssertionError, ImageCms.PyCMSError)
 
 _one_large_image = threading.Lock()
 
@@ -85,22 +90,31 @@ class Preprocessing:
 
     @classmethod
     def of(cls, data_config: dict[str, Any]) -> "Preprocessing":
-        """From `timm.data.resolve_data_config(…)`. Raises `UsageError` for a model of other than RGB images."""
+        """From `timm.data.resolve_data_config(…)`. Raises `UsageError` where no mode in `MODES` has the channels."""
         channels, height, width = data_config["input_size"]
-        if channels != 3:
-            raise UsageError(f"the model takes images of {channels} channels: only models of 3 (RGB) can be used")
+        if channels not in MODES:
+            raise UsageError(
+                f"the model takes images of {channels} channels, and images can be given with 1 (grey), 3 (RGB) or "
+                "4 (RGBA): choose one of these as --in-chans, or another --model"
+            )
         return cls(
             input_size=(channels, height, width),
             crop_pct=float(data_config["crop_pct"]),
             crop_mode=str(data_config["crop_mode"]),
             interpolation=str(data_config["interpolation"]),
-            mean=tuple(map(float, data_config["mean"])),
-            std=tuple(map(float, data_config["std"])),
+            mean=_one_a_channel(data_config["mean"], channels),
+            std=_one_a_channel(data_config["std"], channels),
         )
 
 
+def _one_a_channel(values: Any, channels: int) -> tuple[float, ...]:
+    """As timm's loader has it (`adapt_to_chs`): where the numbers differ, each channel gets the values' average."""
+    given = np.atleast_1d(np.asarray(values, np.float64))
+    return tuple((given if len(given) == channels else np.full(channels, given.mean())).tolist())
+
+
 class Decoded(NamedTuple):
-    """`pixels`: uint8 (3, H, W), contiguous. `width`, `height`: of the upright image before it was resized."""
+    """`pixels`: uint8 (C, H, W), contiguous. `width`, `height`: of the upright image before it was resized."""
 
     pixels: np.ndarray
     width: int
@@ -118,6 +132,7 @@ class Decoder:
         from timm.data import create_transform  # here: it takes seconds, and verbs that only read need none of it
 
         self.preprocessing, self.exif_orientation = preprocessing, exif_orientation
+        self.mode = MODES[preprocessing.input_size[0]]
         # use_prefetcher leaves out ToTensor and Normalize, and nothing else.
         self.transform = create_transform(**asdict(preprocessing), is_training=False, use_prefetcher=True)
         Image.init()  # here, because Pillow loads its plugins on first use and threads would race
@@ -138,9 +153,9 @@ class Decoder:
             image = self._open(data)
             _refuse_large(*image.size)
             if image.width * image.height <= LARGE_PIXELS and image.format not in CONTAINERS:
-                return self._resized(self._rgb(image, data))
+                return self._resized(self._converted(image, data))
             with _one_large_image:
-                return self._resized(self._rgb(image, data))
+                return self._resized(self._converted(image, data))
         except MemoryError as error:
             raise Reject("too_large", "decode", "there was not enough memory to decode it") from error
 
@@ -158,8 +173,8 @@ class Decoder:
         except Exception as error:
             raise _why_not(data, error) from error
 
-    def _rgb(self, image: Image.Image, data: bytes) -> Image.Image:
-        """Decodes, turns and converts: what `exif_transpose(image).convert("RGB")` gives, deep images scaled first."""
+    def _converted(self, image: Image.Image, data: bytes) -> Image.Image:
+        """Decodes, turns and converts: what `exif_transpose(image).convert(mode)` gives, deep images scaled first."""
         stored_orientation = _orientation(image) if image.format == "TIFF" else 1  # Pillow's load turns TIFFs upright
         try:
             image.load()
@@ -167,29 +182,30 @@ class Decoder:
             raise _why_not(data, error, image.format) from error
         _refuse_large(*image.size)  # an ICO's PNG may be larger than the ICO said
         turn = UPRIGHT.get(_orientation(image)) if self.exif_orientation else AS_STORED.get(stored_orientation)
-        return to_rgb(image if turn is None else image.transpose(turn))
+        return to_mode(image if turn is None else image.transpose(turn), self.mode)
 
     def _resized(self, image: Image.Image) -> Decoded:
         return Decoded(np.ascontiguousarray(self.transform(image).numpy()), image.width, image.height)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as is; 16-bit, integer and float images scaled to 8 bits; all else `convert("RGB")`, alpha dropped.
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """An image of `mode` (L, RGB or RGBA) as is; 16-bit, integer and float ones scaled to 8 bits; then `convert(mode)`.
 
-    16-bit and integer levels lose their low 8 bits (Pillow would clip them at 255). Raises `Reject` (unsupported).
+    16-bit and integer levels lose their low 8 bits (Pillow would clip them at 255). For L and RGB, alpha is dropped;
+    for RGBA it is opaque where the image has none, which a deep image never has. Raises `Reject` (unsupported).
     """
-    if image.mode == "RGB":
-        return image
     if image.mode == "F":
-        levels = float_levels(np.array(image))
+        image = Image.fromarray(float_levels(np.array(image)))
     elif image.mode.startswith("I"):
-        levels = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
-    else:
-        try:
-            return image.convert("RGB")
-        except (ValueError, LookupError, OSError, ImageCms.PyCMSError) as error:
-            raise Reject("unsupported", "decode", f"mode {image.mode} cannot be converted to RGB") from error
-    return Image.fromarray(levels).convert("RGB")
+        image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
+    if image.mode == mode:
+        if image.im.mode != mode:  # a PNG of two headers, whose palette came with the other one; no resize takes it
+            raise Reject("corrupt", "decode", f"the image says mode {mode}, its pixels are {image.im.mode}")
+        return image
+    try:
+        return image.convert(mode)
+    except CONVERT_ERRORS as error:
+        raise Reject("unsupported", "decode", f"mode {image.mode} cannot be converted to {mode}") from error
 
 
 def float_levels(values: np.ndarray) -> np.ndarray:

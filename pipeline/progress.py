@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.embed import STAGES, Receipt
 from pipeline.errors import StorageError
-from pipeline.storage import Root
+from pipeline.output import Root
 
 LINE_EVERY_S = 10.0  # without a terminal
 NOTE_EVERY_S = 10.0
@@ -41,6 +41,7 @@ class State:
     pid: int = field(default_factory=os.getpid)
     started: float = field(default_factory=time.time)
     updated: float = field(default_factory=time.time)
+    result: dict[str, Any] = field(default_factory=dict)  # the object of `--json`, once the run has ended
 
     def __post_init__(self) -> None:
         self._rows = self._rejected = 0  # of finished shards

@@ -1,9 +1,10 @@
-"""Arrow schemas of the two files that a shard becomes, and the writer that fills them as its rows come.
+"""Arrow schemas of the files that a shard becomes, and the writer that fills them as its rows come.
 
 Plain Parquet for every reader: fixed-size lists of floats (never an extension type), zstd, no dictionary on vectors,
 row groups of a few thousand rows, a checksum on every page.
 """
 
+import hashlib
 import json
 import os
 import uuid
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.backbone import Arrays
 from pipeline.config import VectorSet
 from pipeline.errors import Reject
+from pipeline.flat_rows import FlatWriter, fixed, flat_metadata
 from pipeline.listing import Shard
 from pipeline.shards import Sample
 
@@ -44,7 +46,10 @@ REJECTS = pa.schema(
 
 
 def embeddings_schema(vectors: VectorSet) -> pa.Schema:
-    """The columns of `embeddings` for one set: `embedding` is D wide, the top-k columns min(k, classes)."""
+    """The columns of `embeddings` for one set: `embedding` is D wide, the top-k columns min(k, classes).
+
+    A set of metrics only has no `embedding`.
+    """
     scalar = pa.float16() if vectors.vector_type == "float16" else pa.float32()
     fields = [
         pa.field("id", pa.string(), nullable=False),
@@ -54,9 +59,10 @@ def embeddings_schema(vectors: VectorSet) -> pa.Schema:
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("label", pa.int32()),
-        pa.field("embedding", pa.list_(scalar, vectors.dim), nullable=False),
         pa.field("norm", pa.float32(), nullable=False),
     ]
+    if "embedding" in vectors.outputs:
+        fields.insert(-1, pa.field("embedding", pa.list_(scalar, vectors.dim), nullable=False))
     if vectors.top_k:
         fields += [
             pa.field("topk_index", pa.list_(pa.int32(), vectors.top_k)),
@@ -79,6 +85,7 @@ def file_metadata(vectors: VectorSet, shard: Shard) -> dict[str, str]:
         "pooling": vectors.pooling,
         "normalized": json.dumps(vectors.normalized),
         "dim": str(vectors.dim),
+        "labels": vectors.labels_source,
         "shard": shard.name,
         "input_etag": shard.etag,
         "schema_version": str(vectors.schema_version),
@@ -155,7 +162,7 @@ def _normalized(arrays: "Arrays") -> np.ndarray:
 
 
 class ShardWriter:
-    """Rows and rejects of one shard → two local Parquet files; a context that leaves no file behind on an error."""
+    """Rows and rejects of one shard → local Parquet files; a context that leaves no file behind."""
 
     def __init__(self, vectors: VectorSet, shard: Shard, labels: tuple[str, ...], scratch: str):
         self._vectors, self._shard = vectors, shard
@@ -167,8 +174,10 @@ class ShardWriter:
         self._rejects: list[dict[str, object]] = []
         self.counts = Counts()
         stem = Path(scratch) / f"{uuid.uuid4().hex}-{os.getpid()}"
-        self.embeddings_path, self.rejects_path = stem.with_suffix(".embeddings"), stem.with_suffix(".rejects")
-        self._writer = pq.ParquetWriter(self.embeddings_path, self._schema, **_parquet_options(self._schema))
+        self._paths = {kind: stem.with_suffix(f".{kind}") for kind in vectors.kinds}
+        options = _parquet_options(self._schema)
+        self._writer = pq.ParquetWriter(self._paths["embeddings"], self._schema, **options)
+        self._flats = {kind: FlatWriter(vectors.flats_of(kind), self._paths[kind]) for kind in vectors.kinds[1:-1]}
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -176,10 +185,11 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError, pa.ArrowException):  # on a full disk it fails again; the first error is under way
-            self._writer.close()
-        self.embeddings_path.unlink(missing_ok=True)
-        self.rejects_path.unlink(missing_ok=True)
+        for writer in (self._writer, *self._flats.values()):
+            with suppress(OSError, pa.ArrowException):  # on a full disk it fails again; the first error is under way
+                writer.close()
+        for path in self._paths.values():
+            path.unlink(missing_ok=True)
 
     def reject(self, sample: Sample, why: Reject, size: int) -> None:
         """`size`: bytes of the image as it was stored, 0 where there is none."""
@@ -209,6 +219,7 @@ class ShardWriter:
                 f"{self._vectors.model} in {self._vectors.precision} gave NaN or infinity for "
                 f"{self._shard.name}/{sample.id_key}: try --precision fp32"
             )
+        self._flat_rows(samples, arrays)
         if len(self._samples) + len(samples) > ROW_GROUP_ROWS:
             self._write_group()
         self._numbers.put(len(self._samples), sizes, arrays, self._vectors)
@@ -216,6 +227,21 @@ class ShardWriter:
         self.counts.samples += len(samples)
         self.counts.rows += len(samples)
         self._count_hits(samples, arrays)
+
+    def _flat_rows(self, samples: list[Sample], arrays: "Arrays") -> None:
+        if not self._flats:
+            return
+        ids = [f"{self._shard.name}/{s.id_key}" for s in samples]
+        of_kind = {kind: [] for kind in self._flats}  # type: dict[str, list[np.ndarray]]
+        for flat, values in zip(self._vectors.flats, arrays.flats, strict=True):
+            of_kind[flat.kind].append(values)
+        for kind, writer in self._flats.items():
+            broken = writer.rows(ids, of_kind[kind])
+            if broken is not None:
+                raise NotFinite(
+                    f"{self._vectors.model} in {self._vectors.precision} gave {kind} for {broken} that are NaN, "
+                    "infinite or beyond float16's 65504: try --precision fp32, or other outputs"
+                )
 
     def _table(self) -> pa.Table:
         samples, n, numbers = self._samples, len(self._samples), self._numbers
@@ -227,13 +253,14 @@ class ShardWriter:
             pa.array(numbers.sizes[:n, 0]),
             pa.array(numbers.sizes[:n, 1]),
             pa.array([s.label for s in samples], pa.int32()),
-            _fixed(numbers.embedding[:n], self._schema.field("embedding").type),
             pa.array(numbers.norm[:n]),
         ]
+        if "embedding" in self._vectors.outputs:
+            columns.insert(-1, fixed(numbers.embedding[:n], self._schema.field("embedding").type))
         if self._vectors.top_k:
             columns += [
-                _fixed(numbers.topk_index[:n], self._schema.field("topk_index").type),
-                _fixed(numbers.topk_score[:n], self._schema.field("topk_score").type),
+                fixed(numbers.topk_index[:n], self._schema.field("topk_index").type),
+                fixed(numbers.topk_score[:n], self._schema.field("topk_score").type),
                 self._names(numbers.topk_index[:n]),
             ]
         return pa.Table.from_arrays(columns, schema=self._schema)
@@ -246,7 +273,8 @@ class ShardWriter:
         return pa.ListArray.from_arrays(offsets, pa.array(self._labels[index.reshape(-1)], pa.string()))
 
     def _count_hits(self, samples: list[Sample], arrays: "Arrays") -> None:
-        known = [i for i, s in enumerate(samples) if s.label is not None]
+        # Test splits mark unknown labels with -1; a label past the classes is of another list of them.
+        known = [i for i, s in enumerate(samples) if s.label is not None and 0 <= s.label < self._vectors.classes]
         if arrays.topk_index is None or not known:
             return
         hits = arrays.topk_index[known] == np.array([samples[i].label for i in known])[:, None]
@@ -259,30 +287,35 @@ class ShardWriter:
             self._writer.write_table(self._table(), row_group_size=ROW_GROUP_ROWS)
             self._samples = []
 
-    def finish_rejects(self) -> Path:
-        """Writes the rejects file and returns its local path."""
-        table = pa.Table.from_pylist(self._rejects, schema=REJECTS)
-        table = table.replace_schema_metadata(self._metadata)
-        pq.write_table(table, self.rejects_path, **_parquet_options(REJECTS))
-        return self.rejects_path
+    def finish(self, kind: str) -> Path:
+        """Writes what is beside the embeddings, rejects, tokens …, and returns its local path."""
+        metadata = self._metadata | {f"{PREFIX}rows_sha256": self.digest(kind)}
+        if kind == "rejects":
+            table = pa.Table.from_pylist(self._rejects, schema=REJECTS).replace_schema_metadata(metadata)
+            pq.write_table(table, self._paths[kind], **_parquet_options(REJECTS))
+        else:
+            shaped = flat_metadata(self._vectors.flats_of(kind))
+            self._flats[kind].finish(metadata | {PREFIX + name: value for name, value in shaped.items()})
+        return self._paths[kind]
 
-    def finish_embeddings(self, rejects_file: str) -> Path:
-        """Closes the embeddings file, with the shard's counts and the name of its rejects file in its metadata."""
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The kinds of files that go before the embeddings."""
+        return self._vectors.kinds[:-1]
+
+    def digest(self, kind: str) -> str:
+        """Two files of one kind, set and shard with the same digest hold the same rows in the same order."""
+        if kind != "rejects":
+            return self._flats[kind].digest()
+        return hashlib.sha256("".join(f"{r['id']}\0{r['reason']}\0" for r in self._rejects).encode()).hexdigest()
+
+    def finish_embeddings(self, beside: dict[str, str]) -> Path:
+        """Closes the embeddings file, with the shard's counts and the names of its other files in its metadata."""
         self._write_group()
-        counts = {"shard2vec.counts": json.dumps(vars(self.counts)), "shard2vec.rejects_file": rejects_file}
-        self._writer.add_key_value_metadata(self._metadata | counts)
+        own = {"counts": json.dumps(vars(self.counts)), "files": json.dumps(beside)}
+        self._writer.add_key_value_metadata(self._metadata | {PREFIX + name: value for name, value in own.items()})
         self._writer.close()
-        return self.embeddings_path
-
-    def reasons(self) -> list[tuple[str, str]]:
-        """(id, reason) of each reject, in order."""
-        return [(str(r["id"]), str(r["reason"])) for r in self._rejects]
-
-
-def _fixed(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """(n, width) → fixed_size_list, without a copy."""
-    flat = pa.array(values.reshape(-1), kind.value_type)
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+        return self._paths["embeddings"]
 
 
 def _parquet_options(schema: pa.Schema) -> dict[str, object]:

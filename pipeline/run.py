@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import actors, backbone, versions, weights
-from pipeline.config import RunConfig, VectorSet
+from pipeline.config import OUTPUTS, RunConfig, VectorSet
 from pipeline.embed import STAGES, Job, Receipt
 from pipeline.errors import StorageError, UsageError
 from pipeline.listing import Shard, check_columns, list_shards
+from pipeline.output import Root
 from pipeline.progress import Display, Note, State, speed
-from pipeline.storage import Root, digest
+from pipeline.storage import digest
 
 WAVE_SHARDS = 10_000  # Ray plans a wave at a time: 20,000 tasks cost it 30 s before the first block
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
@@ -90,7 +91,7 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
                 _embed_todo(run, state, say)
             files = _collect(run)
             _gate(config, files)
-            version = versions.commit(run.root, run.vectors.name, files)
+            version = _commit(run, files, say)
     except Refused as e:
         ended = Result(REFUSED, str(e))
     except Stalled as e:
@@ -104,9 +105,11 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
         raise
     else:
         report = _report(run, files, version)
-        ended = Result(COMMITTED, f"version {version.version} of {run.root.url}: {_summary(report)}", report)
+        what = f"version {version.version} of {run.root.url}" if version else f"metrics of {run.vectors.name}"
+        ended = Result(COMMITTED, f"{what}: {_summary(report)}", report)
+    state.result = ended.json or _report(run, files, None)
     note.close(ENDS[ended.exit_code])
-    return replace(ended, json=ended.json or _report(run, files, None))
+    return replace(ended, json=state.result)
 
 
 def plan(config: RunConfig) -> Run:
@@ -118,8 +121,8 @@ def plan(config: RunConfig) -> Run:
     if device == "cpu" and config.gpus_per_actor:
         raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
     precision = backbone.resolve_precision(config.precision, device)
-    module = weights.load_module(config.model, config.weights)
-    facts = backbone.facts_of(module, config.model)
+    module = weights.load_module(config.model, config.weights, config.adapt)
+    facts = backbone.facts_of(module, config.model, config.outputs or (), config.feature_indices, config.feature_names)
     outputs, top_k = _outputs(config, facts)
     labels, source = _labels(config, facts) if top_k else ((), "none")
     vectors = VectorSet(
@@ -131,6 +134,7 @@ def plan(config: RunConfig) -> Run:
         engine="eager",
         decode="exact",
         outputs=outputs,
+        flats=facts.flats,
         pooling=facts.pooling,
         dim=facts.dim,
         classes=facts.classes,
@@ -141,7 +145,7 @@ def plan(config: RunConfig) -> Run:
         vector_type=config.vector_type,
     )
     done = versions.done(root, vectors.folder)
-    todo = [s for s in shards if versions.embeddings_name(vectors.folder, s.name, s.etag) not in done]
+    todo = [s for s in shards if versions.file_name(vectors.folder, "embeddings", s.name, s.etag) not in done]
     check_columns(todo, config.columns)
     before = versions.read_version(root)
     return Run(
@@ -159,13 +163,19 @@ def plan(config: RunConfig) -> Run:
 
 
 def _outputs(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], int]:
-    """The outputs asked for, and k: 0 without classes, never more than there are classes."""
-    if config.outputs is None:
-        outputs: tuple[str, ...] = ("embedding", "classes") if facts.classes else ("embedding",)
+    """The outputs asked for, in the contract's order, and k: 0 without classes, never more than there are classes."""
+    if config.only_metrics:
+        wanted = {"classes"}
+    elif config.outputs is None:
+        wanted = {"embedding", "classes"} if facts.classes else {"embedding"}
     else:
-        outputs = tuple(sorted(set(config.outputs), reverse=True))
-    if "classes" in outputs and not facts.classes:
-        raise UsageError(f"--outputs classes: {config.model} has no classifier; use --outputs embedding")
+        wanted = {"embedding", *config.outputs}
+        if "heads" in wanted:
+            wanted.add("classes")  # the mean of both heads, beside the heads
+    if "classes" in wanted and not facts.classes:
+        flag = "--only-metrics" if config.only_metrics else "--outputs classes"
+        raise UsageError(f"{flag}: {config.model} has no classifier; use --outputs embedding")
+    outputs = tuple(o for o in OUTPUTS if o in wanted)
     return outputs, min(config.top_k, facts.classes) if "classes" in outputs else 0
 
 
@@ -185,6 +195,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             vectors=run.vectors,
             labels=run.labels,
             weights=str(staged),
+            adapt=replace(run.config.adapt, num_classes=run.vectors.classes or run.config.adapt.num_classes),
             output=run.root.url,
             device=run.device,
             batch_size=run.config.batch_size,
@@ -294,6 +305,15 @@ def _gate(config: RunConfig, files: Sequence[versions.ShardFiles]) -> None:
         )
 
 
+def _commit(run: Run, files: Sequence[versions.ShardFiles], say: Callable[[str], None]) -> versions.Version | None:
+    """The version; None where metrics alone would take the place of vectors that readers use."""
+    before = versions.read_version(run.root)
+    if run.config.only_metrics and before is not None and "embedding" in versions.outputs_of(run.root, before):
+        say(f"version {before.version} and its vectors stay the current ones: metrics make no version beside them")
+        return None
+    return versions.commit(run.root, run.vectors.name, files)
+
+
 def _reasons(rejects: dict[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in sorted(rejects.items(), key=lambda r: (-r[1], r[0]))) or "none"
 
@@ -305,7 +325,10 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
     total = versions.totals(files or embedded)
     pace = speed(run.receipts, run.threads)
     seconds = time.monotonic() - run.started
-    accuracy = {"top1": total.top1 / total.labelled, "top5": total.top5 / total.labelled} if total.labelled else {}
+    accuracy: dict[str, Any] = {}
+    if total.labelled:
+        hits = {"top1": total.top1 / total.labelled, "top5": total.top5 / total.labelled}
+        accuracy = {"labelled": total.labelled} | hits
     return {
         "set": run.vectors.name,
         "version": version.version if version else None,
@@ -336,14 +359,17 @@ def _summary(result: dict[str, Any]) -> str:
     if result["shards_removed"]:
         parts.append(f"{result['shards_removed']} shards removed: {', '.join(result['removed'][:3])}")
     if "top1" in result:
-        parts.append(f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} against the shards' labels")
+        of = f"the labels of {result['labelled']:,} images"
+        parts.append(f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} against {of}")
     return "; ".join([*parts, result["speed"]])
 
 
 def _describe(run: Run) -> str:
     vectors, count = run.vectors, len(run.shards)
+    columns = ", ".join(f"{f.column} {'+'.join('x'.join(map(str, s)) for s in f.shapes)}" for f in vectors.flats)
+    what = f"{vectors.dim}-d embeddings" if "embedding" in vectors.outputs else "metrics only"
     return (
-        f"{vectors.name}: {vectors.dim}-d embeddings, {vectors.precision} on {run.device}; "
+        f"{vectors.name}: {what}{f', {columns}' if columns else ''}, {vectors.precision} on {run.device}; "
         f"{count} shards, {len(run.todo)} to embed, {count - len(run.todo)} unchanged, {len(run.removed)} removed"
     )
 

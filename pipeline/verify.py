@@ -1,7 +1,8 @@
 """Checks a committed version against its own promises and, where given, against the input.
 
 Each file is there, as large as listed, of the version's set and of its shard, with every page's checksum right; each
-sample of a shard is exactly one row of embeddings or rejects; every value is finite; no id comes twice.
+sample of a shard is exactly one row of embeddings or rejects, and tokens, features and heads have the rows of the
+embeddings in their order; every value is finite; no id comes twice.
 """
 
 from collections import Counter
@@ -16,14 +17,15 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError
 from pipeline.listing import Shard
+from pipeline.output import Root
 from pipeline.rows import PREFIX
 from pipeline.shards import read_keys
-from pipeline.storage import Root
 from pipeline.versions import ShardFiles, Version, read_list
 
 SHARDS_AT_ONCE = 4
 NAMED = 20  # problems of one shard spelled out; the rest is counted
 BATCH_ROWS = 4096
+BATCH_BYTES = 32 * 2**20  # fewer rows at once where they are large: 197x768 tokens are 0.3 MB a row
 
 
 @dataclass
@@ -83,8 +85,13 @@ def _verify_shard(root: Root, version: Version, listed: ShardFiles, inputs: dict
     found = Findings()
     ids: Counter[str] = Counter()
     positions: Counter[int] = Counter()
-    rows = _read(root, version, listed, listed.embeddings, listed.embeddings_bytes, ids, positions, found)
-    rejects = _read(root, version, listed, listed.rejects, listed.rejects_bytes, ids, positions, found)
+    embedded: list[str] = []
+    rows = _read(root, version, listed, "embeddings", found, ids, positions, embedded)
+    rejects = _read(root, version, listed, "rejects", found, ids, positions)
+    for kind in listed.names.keys() - {"embeddings", "rejects"}:
+        beside: list[str] = []
+        if _read(root, version, listed, kind, found, order=beside) is not None and beside != embedded:
+            found.bad_file(listed.names[kind], f"its ids or their order are not those of {listed.embeddings}")
     found.ids = len(ids)
     twice = sorted(i for i, n in ids.items() if n > 1)
     found.duplicated = sum(ids[i] - 1 for i in twice)
@@ -121,13 +128,14 @@ def _read(
     root: Root,
     version: Version,
     listed: ShardFiles,
-    name: str,
-    size: int,
-    ids: Counter[str],
-    positions: Counter[int],
+    kind: str,
     found: Findings,
+    ids: Counter[str] | None = None,
+    positions: Counter[int] | None = None,
+    order: list[str] | None = None,
 ) -> int | None:
     """Reads every page of one file; returns its rows, or None where it cannot be read to its end."""
+    name, size = listed.names[kind], listed.sizes[kind]
     try:
         with root.open(name) as f:
             there = f.seek(0, 2)
@@ -137,10 +145,14 @@ def _read(
             for wrong in _wrong_metadata(file, version, listed):
                 found.bad_file(name, wrong)
             rows = 0
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            for batch in file.iter_batches(batch_size=_batch_rows(file.schema_arrow)):
                 batch_ids = batch.column("id").to_pylist()
-                ids.update(batch_ids)
-                positions.update(batch.column("row").to_pylist())
+                if ids is not None:
+                    ids.update(batch_ids)
+                if positions is not None:
+                    positions.update(batch.column("row").to_pylist())
+                if order is not None:
+                    order += batch_ids
                 rows += len(batch)
                 foreign = next((i for i in batch_ids if not i.startswith(f"{listed.shard}/")), None)
                 if foreign is not None:
@@ -163,13 +175,18 @@ def _wrong_metadata(file: pq.ParquetFile, version: Version, listed: ShardFiles) 
             yield f"its {key} is {own.get(PREFIX + key)}, the version's {value}"
 
 
+def _batch_rows(schema: pa.Schema) -> int:
+    widths = [t.list_size * t.value_type.byte_width for t in schema.types if pa.types.is_fixed_size_list(t)]
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, sum(widths))))
+
+
 def _not_finite(batch: pa.RecordBatch) -> np.ndarray:
     """bool (rows,): any float of the row, in lists too, is NaN or infinite."""
     broken = np.zeros(len(batch), dtype=bool)
-    for name in ("embedding", "norm", "topk_score"):
-        if name in batch.schema.names:
-            column: Any = batch.column(name)
-            values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+    for kind, column in zip(batch.schema.types, batch.columns, strict=True):
+        listed = pa.types.is_fixed_size_list(kind)
+        if pa.types.is_floating(kind.value_type if listed else kind):
+            values: Any = column.flatten() if listed else column
             finite = np.isfinite(values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False))
             broken |= ~finite.reshape(len(batch), -1).all(axis=1)
     return broken

@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.listing import Shard
+from pipeline.output import Root
 from pipeline.rows import PREFIX, Counts, ShardWriter
-from pipeline.storage import Root, digest
+from pipeline.storage import digest
 
+KINDS = ("embeddings", "rejects", "tokens", "features", "heads")
 OURS = {"sets", "versions", "reports", "index", ".tmp"}  # what may lie in an output root
-KINDS = ("embeddings", "rejects")
 FOOTERS_AT_ONCE = 32
 OLD_SCRATCH_S = 7 * 86400  # local files of killed writers; a slow model may be at one shard for hours
 COMMIT_TRIES = 20  # each lost race means that another driver committed
@@ -32,10 +33,7 @@ FILES = pa.schema(
     [
         ("shard", pa.string()),
         ("etag", pa.string()),
-        ("embeddings", pa.string()),
-        ("embeddings_bytes", pa.int64()),
-        ("rejects", pa.string()),
-        ("rejects_bytes", pa.int64()),
+        *((name, kind) for k in KINDS for name, kind in ((k, pa.string()), (f"{k}_bytes", pa.int64()))),
         ("samples", pa.int64()),
         ("rows", pa.int64()),
         ("rejected", pa.int64()),
@@ -46,15 +44,21 @@ FILES = pa.schema(
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """One shard's published files; paths below the output root."""
+    """One shard's published files, by kind: embeddings, rejects and what else its set keeps."""
 
     shard: str
     etag: str
-    embeddings: str
-    embeddings_bytes: int
-    rejects: str
-    rejects_bytes: int
+    names: dict[str, str]  # paths below the output root
+    sizes: dict[str, int]  # in bytes
     counts: Counts
+
+    @property
+    def embeddings(self) -> str:
+        return self.names["embeddings"]
+
+    @property
+    def rejects(self) -> str:
+        return self.names["rejects"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,51 +76,55 @@ class Version:
     removed: list[str] = field(default_factory=list)  # shards of the version before that are gone from the input
 
 
-def embeddings_name(folder: str, shard: str, etag: str) -> str:
-    return f"{folder}/embeddings/{shard}-{etag}.parquet"
-
-
-def rejects_name(folder: str, shard: str, etag: str) -> str:
-    return f"{folder}/rejects/{shard}-{etag}.parquet"
+def file_name(folder: str, kind: str, shard: str, etag: str) -> str:
+    return f"{folder}/{kind}/{shard}-{etag}.parquet"
 
 
 # one shard
 
 
 def publish(root: Root, folder: str, shard: Shard, writer: ShardWriter) -> tuple[ShardFiles, bool]:
-    """Puts rejects, then embeddings, create-only; returns the published files and whether they are this writer's.
+    """Puts what is beside the embeddings, then these, create-only; returns the published files and whether ours.
 
-    The embeddings file is the commit of the shard and names its rejects file. Where an unfinished attempt left other
-    rejects under the usual name (a URL that failed then and not now), ours get a name of their own.
+    The embeddings file is the commit of the shard and names the others.
     """
-    rejects = rejects_name(folder, shard.name, shard.etag)
-    rejects_bytes = writer.finish_rejects().stat().st_size
-    if not root.put_new(rejects, writer.rejects_path):
-        if _reasons(root, rejects) != writer.reasons():
-            rejects = rejects_name(folder, shard.name, f"{shard.etag}-{digest(*writer.reasons())}")
-            root.put_new(rejects, writer.finish_rejects())
-        rejects_bytes = _size(root, rejects)  # another version of a package writes other bytes of the same rows
-    local = writer.finish_embeddings(rejects)
-    embeddings, embeddings_bytes = embeddings_name(folder, shard.name, shard.etag), local.stat().st_size
+    names, sizes = {}, {}
+    for kind in writer.beside:
+        names[kind], sizes[kind] = _publish_beside(root, folder, kind, shard, writer)
+    local = writer.finish_embeddings(names)
+    embeddings = file_name(folder, "embeddings", shard.name, shard.etag)
+    names, sizes = names | {"embeddings": embeddings}, sizes | {"embeddings": local.stat().st_size}
     if root.put_new(embeddings, local):
-        return (
-            ShardFiles(shard.name, shard.etag, embeddings, embeddings_bytes, rejects, rejects_bytes, writer.counts),
-            True,
-        )
+        return ShardFiles(shard.name, shard.etag, names, sizes, writer.counts), True
     files = published(root, folder, shard)
     if files is None:
         raise StorageError(f"{embeddings} was there and is gone: something else deletes in this output")
     return files, False
 
 
-def _reasons(root: Root, name: str) -> list[tuple[str, str]]:
-    """(id, reason) of each reject in a published file; of a damaged one, what no writer has."""
+def _publish_beside(root: Root, folder: str, kind: str, shard: Shard, writer: ShardWriter) -> tuple[str, int]:
+    """One file beside the embeddings; its name and size. An unfinished attempt may have left it there already.
+
+    Where that one holds other rows (a URL failed then and not now), ours gets a name of its own.
+    """
+    local, rows = writer.finish(kind), writer.digest(kind)
+    size = local.stat().st_size
+    name = file_name(folder, kind, shard.name, shard.etag)
+    if root.put_new(name, local):
+        return name, size
+    if _rows_of(root, name) != rows:
+        name = file_name(folder, kind, shard.name, f"{shard.etag}-{digest(rows)}")
+        root.put_new(name, local)
+    return name, _size(root, name)  # another version of a package writes other bytes of the same rows
+
+
+def _rows_of(root: Root, name: str) -> str | None:
+    """The digest of a published file's rows; None of a damaged one."""
     with root.open(name) as f:
         try:
-            table = pq.read_table(f, columns=["id", "reason"])
+            return (pq.read_metadata(f).metadata or {}).get(f"{PREFIX}rows_sha256".encode(), b"").decode()
         except (ValueError, pa.ArrowException):
-            return [("", name)]
-    return list(zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True))
+            return None
 
 
 def _size(root: Root, name: str) -> int:
@@ -127,30 +135,32 @@ def _size(root: Root, name: str) -> int:
 def published(root: Root, folder: str, shard: Shard) -> ShardFiles | None:
     """The shard's files if they are there; reads no more than a footer."""
     try:
-        return read_files(root, embeddings_name(folder, shard.name, shard.etag))
+        return read_files(root, file_name(folder, "embeddings", shard.name, shard.etag))
     except FileNotFoundError:
         return None
 
 
 def read_files(root: Root, embeddings: str) -> ShardFiles:
-    """What a published embeddings file says of itself and of its rejects file; `StorageError` where it is damaged."""
+    """What a published embeddings file says of itself and of its shard's others; `StorageError` where it is damaged."""
     with root.open(embeddings) as f:
         size = f.seek(0, 2)
         try:
             metadata = pq.read_metadata(f)
             ours = {k.decode().removeprefix(PREFIX): v.decode() for k, v in (metadata.metadata or {}).items()}
             counts = Counts(**json.loads(ours["counts"]))
-            shard, etag, rejects = ours["shard"], ours["input_etag"], ours["rejects_file"]
+            shard, etag, beside = ours["shard"], ours["input_etag"], dict(json.loads(ours["files"]))
         except (KeyError, TypeError, ValueError, pa.ArrowException) as e:
             why = " ".join(str(e).split())[:200]
             raise StorageError(f"{embeddings} is damaged or no file of ours ({why}): delete it and run again") from e
     if counts.rows != metadata.num_rows:
         raise StorageError(f"{embeddings} holds {metadata.num_rows} rows, its metadata says {counts.rows}")
-    try:
-        rejects_bytes = _size(root, rejects)
-    except FileNotFoundError:
-        raise StorageError(f"{rejects} is gone: delete {embeddings} to have its shard embedded again") from None
-    return ShardFiles(shard, etag, embeddings, size, rejects, rejects_bytes, counts)
+    sizes = {"embeddings": size}
+    for kind, name in beside.items():
+        try:
+            sizes[kind] = _size(root, name)
+        except FileNotFoundError:
+            raise StorageError(f"{name} is gone: delete {embeddings} to have its shard embedded again") from None
+    return ShardFiles(shard, etag, {"embeddings": embeddings, **beside}, sizes, counts)
 
 
 # the output
@@ -187,6 +197,15 @@ def create_set(root: Root, folder: str, description: dict[str, Any]) -> None:
             raise UsageError(f"{root.at(folder)}/set.json describes another set: the output was altered")
     except (OSError, StorageError) as e:
         raise UsageError(f"output {root.url} cannot be written: {e}") from e
+
+
+def outputs_of(root: Root, version: Version) -> list[str]:
+    """What the version's set holds: embedding, classes, tokens …"""
+    name = f"sets/{version.set}/set.json"
+    try:
+        return list(json.loads(root.read(name))["outputs"])
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
+        raise StorageError(f"{name} is damaged or gone: {e}") from e
 
 
 def done(root: Root, folder: str) -> dict[str, int]:
@@ -229,12 +248,16 @@ def current(root: Root, number: int | None = None) -> Version:
 
 def read_list(root: Root, version: Version) -> list[ShardFiles]:
     """The files of a version, by shard."""
-    names = ("shard", "etag", "embeddings", "embeddings_bytes", "rejects", "rejects_bytes")
     try:
-        rows = pq.read_table(BytesIO(root.read(version.files))).to_pylist()
-        return [ShardFiles(**{n: row[n] for n in names}, counts=Counts(**json.loads(row["counts"]))) for row in rows]
+        return [_files_of(row) for row in pq.read_table(BytesIO(root.read(version.files))).to_pylist()]
     except (ValueError, TypeError, KeyError, FileNotFoundError, pa.ArrowException) as e:
         raise StorageError(f"{version.files}, the list of version {version.version}, is damaged: {e}") from e
+
+
+def _files_of(row: dict[str, Any]) -> ShardFiles:
+    kinds = [kind for kind in KINDS if row[kind] is not None]
+    names, sizes = {k: row[k] for k in kinds}, {k: row[f"{k}_bytes"] for k in kinds}
+    return ShardFiles(row["shard"], row["etag"], names, sizes, Counts(**json.loads(row["counts"])))
 
 
 def collect(root: Root, folder: str, shards: Sequence[Shard], known: dict[str, ShardFiles]) -> list[ShardFiles]:
@@ -243,9 +266,9 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: dict[str, S
     `known`: embeddings path → files, from receipts and the version before; the rest is read from footers.
     Raises `StorageError` naming a shard that has no files.
     """
-    there = root.list(f"{folder}/embeddings") | root.list(f"{folder}/rejects")
-    known = {n: f for n, f in known.items() if there.get(n) == f.embeddings_bytes}  # what was replaced is read anew
-    names = [embeddings_name(folder, s.name, s.etag) for s in shards]
+    there = root.list(folder)
+    known = {n: f for n, f in known.items() if there.get(n) == f.sizes["embeddings"]}  # what was replaced is read anew
+    names = [file_name(folder, "embeddings", s.name, s.etag) for s in shards]
     absent = [s.name for s, name in zip(shards, names, strict=True) if name not in there]
     if absent:
         raise StorageError(f"{len(absent)} of {len(shards)} shards have no output yet, among them {absent[0]}")
@@ -253,11 +276,12 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: dict[str, S
         found = list(pool.map(lambda name: known.get(name) or read_files(root, name), names))
     for files in found:
         counts = files.counts
-        if files.rejects not in there:
-            raise StorageError(
-                f"shard {files.shard}: its rejects file {files.rejects} is gone: "
-                f"delete {files.embeddings} to have the shard embedded again"
-            )
+        for kind, name in files.names.items():
+            if name not in there:
+                raise StorageError(
+                    f"shard {files.shard}: its {kind} file {name} is gone: "
+                    f"delete {files.embeddings} to have the shard embedded again"
+                )
         if counts.samples != counts.rows + counts.rejected:
             raise StorageError(f"shard {files.shard}: {counts.samples} samples, {counts.rows} rows, {counts.rejects}")
     return found
@@ -308,7 +332,8 @@ def removed(root: Root, before: Version | None, set_name: str, shards: set[str])
 
 def _row(f: ShardFiles) -> dict[str, Any]:
     counts = {"samples": f.counts.samples, "rows": f.counts.rows, "rejected": f.counts.rejected}
-    return asdict(f) | counts | {"counts": json.dumps(asdict(f.counts))}
+    named = {k: f.names.get(k) for k in KINDS} | {f"{k}_bytes": f.sizes.get(k) for k in KINDS}
+    return {"shard": f.shard, "etag": f.etag, **named, **counts, "counts": json.dumps(asdict(f.counts))}
 
 
 def _version_name(number: int) -> str:
@@ -320,19 +345,25 @@ def _version_name(number: int) -> str:
 
 def files(url: str, *, kind: str = "embeddings", version: int | None = None) -> list[str]:
     """The URLs of a version's files of one kind, ready for any Parquet reader."""
-    if kind not in KINDS:
-        raise UsageError(f"--kind {kind}: choose one of {', '.join(KINDS)}")
-    root = existing_output(url)
-    names = (getattr(f, kind) for f in read_list(root, current(root, version)))
-    return [f"{root.url}/{name}" for name in names]
+    root, listed = _listed(url, kind, version)
+    return [f"{root.url}/{f.names[kind]}" for f in listed]
 
 
 def open_dataset(url: str, *, kind: str = "embeddings", version: int | None = None) -> ds.Dataset:
     """A pyarrow dataset of one version (the current one by default): one set, whole files, each row once."""
+    root, listed = _listed(url, kind, version)
+    return ds.dataset([root.at(f.names[kind]) for f in listed], format="parquet", filesystem=root.fs)
+
+
+def _listed(url: str, kind: str, number: int | None) -> tuple[Root, list[ShardFiles]]:
+    if kind not in KINDS:
+        raise UsageError(f"--kind {kind}: choose one of {', '.join(KINDS)}")
     root = existing_output(url)
-    listed = read_list(root, current(root, version))
-    paths = [root.at(getattr(f, kind)) for f in listed]
-    return ds.dataset(paths, format="parquet", filesystem=root.fs)
+    version = current(root, number)
+    listed = read_list(root, version)
+    if any(kind not in f.names for f in listed):
+        raise UsageError(f"version {version.version} of {root.url} has no {kind}: it was embedded without")
+    return root, listed
 
 
 # clean-up
@@ -349,7 +380,7 @@ def collect_garbage(root: Root, keep: int, live_sets: Callable[[], set[str]]) ->
     live = live_sets()
     known = numbers(root)
     dropped, kept = known[:-keep], [current(root, n) for n in known[-keep:]]
-    named = {name for v in kept for f in read_list(root, v) for name in (f.embeddings, f.rejects)}
+    named = {name for v in kept for f in read_list(root, v) for name in f.names.values()}
     named |= {name for v in kept for name in (v.files, _version_name(v.version), f"sets/{v.set}/set.json")}
     old_versions = [_version_name(n) for n in dropped]
     garbage = [name for name in old_versions if name in candidates]

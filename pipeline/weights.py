@@ -6,10 +6,10 @@ this node under their SHA-256, so that every actor of the node loads the same by
 
 import hashlib
 import os
-import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,53 @@ import timm
 import torch
 from timm.models import load_state_dict
 
+from pipeline.architecture import OWN, State, build, classifiers, line, load_strictly
+from pipeline.config import Adapt
 from pipeline.describe import check_model_name
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage import read_bytes, redact
 
 KEEP_STAGED_S = 30 * 86400  # a staged file that nothing has used for so long is deleted
-NAMED_KEYS = 6  # keys spelled out in an error; the rest is counted
 
 
-def load_module(model: str, weights: str) -> torch.nn.Module:
+def load_module(model: str, weights: str, adapt: Adapt = OWN) -> torch.nn.Module:
     """The timm model in eval mode on the CPU, float32, with the weights asked for.
 
-    `weights`: `pretrained`, `random:SEED` (timm's own initialisation after `torch.manual_seed(SEED)`) or a URL.
-    Raises `UsageError` for an unknown model and for weights that are not there or do not fit.
+    `weights`: `pretrained`, `random:SEED` (timm's own initialisation after `torch.manual_seed(SEED)`) or a URL. The
+    class count of a file's head is the model's, unless `adapt` names one. Raises `UsageError` for an unknown model
+    and for weights that are not there or do not fit.
     """
     check_model_name(model)
-    if weights == "pretrained":
-        return _pretrained(model)
     if weights.startswith("random:"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(weights.removeprefix("random:")))
-            return build(model)
-    module = build(model)
-    _load_strictly(module, _state_from_url(weights), f"weights {redact(weights)}")
-    return module
+            return build(model, adapt)
+    if weights == "pretrained":
+        module = _pretrained(model)
+        if adapt == OWN:
+            return module
+        stored, wanted = getattr(module, "num_classes", None), adapt.num_classes
+        if wanted not in (None, 0, stored):
+            raise UsageError(f"--num-classes {wanted}: the pretrained head of {model} has {stored} classes; 0 drops it")
+        state: State = module.state_dict()
+    else:
+        state = _state_from_url(weights)
+    adapted = build(model, adapt)
+    classes = _head_classes(adapted, state)
+    if classes is not None and adapt.num_classes is None:
+        adapt = replace(adapt, num_classes=classes)
+        adapted = build(model, adapt)
+    load_strictly(adapted, state, f"weights {redact(weights)}", model, adapt)
+    return adapted
 
 
-def build(model: str) -> torch.nn.Module:
-    """The architecture alone, in eval mode, its weights as timm initialises them."""
-    try:
-        return timm.create_model(model, pretrained=False).eval()
-    except (RuntimeError, ValueError, OSError, TypeError, AssertionError) as e:
-        raise UsageError(f"model {model} cannot be built: {_line(e)}") from e
+def _head_classes(module: torch.nn.Module, state: State) -> int | None:
+    """The class count of the checkpoint's head, where it has one and it is not the module's."""
+    own = module.state_dict()
+    for key in (f"{name}.weight" for name in classifiers(module)):
+        if key in state and key in own and state[key].shape[:1] != own[key].shape[:1]:
+            return int(state[key].shape[0])
+    return None
 
 
 def _pretrained(model: str) -> torch.nn.Module:
@@ -57,7 +72,7 @@ def _pretrained(model: str) -> torch.nn.Module:
         module = timm.create_model(model, pretrained=True).eval()
     except Exception as e:  # the hub's client raises its HTTP library's errors beside OSError and RuntimeError
         raise UsageError(
-            f"pretrained weights of {model} cannot be had: {_line(e)}; "
+            f"pretrained weights of {model} cannot be had: {line(e)}; "
             "give --weights with the URL of a file, or random:SEED to try things out"
         ) from e
     cfg = getattr(module, "pretrained_cfg", {}) or {}
@@ -68,13 +83,13 @@ def _pretrained(model: str) -> torch.nn.Module:
     return module
 
 
-def _state_from_url(url: str) -> dict[str, torch.Tensor]:
+def _state_from_url(url: str) -> State:
     if not url.partition("?")[0].endswith((".safetensors", ".pth", ".pt", ".bin")):
         raise UsageError(f"--weights {redact(url)}: pretrained, random:SEED or the URL of a .safetensors or .pth file")
     try:
         content = read_bytes(url)
     except (OSError, StorageError) as e:
-        raise UsageError(f"weights {redact(url)} cannot be read: {_line(e)}") from e
+        raise UsageError(f"weights {redact(url)} cannot be read: {line(e)}") from e
     suffix = ".safetensors" if ".safetensors" in url else ".pth"
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / f"weights{suffix}"
@@ -82,53 +97,11 @@ def _state_from_url(url: str) -> dict[str, torch.Tensor]:
         try:
             state = load_state_dict(str(local), weights_only=True)
         except Exception as e:  # a damaged or hostile file can fail anywhere in its parser; no code of it has run
-            raise UsageError(f"weights {redact(url)} are no readable checkpoint: {_line(e)}") from e
+            raise UsageError(f"weights {redact(url)} are no readable checkpoint: {line(e)}") from e
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise UsageError(f"weights {redact(url)} hold no tensors")
     return tensors
-
-
-def _load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
-    problem = _misfit(module, state)
-    if problem:
-        # Weights in their authors' own layout: the architecture's own filter renames them, as `pretrained` does.
-        renamed = _filtered(module, state)
-        if renamed is None or _misfit(module, renamed):
-            raise UsageError(f"{what} do not fit {type(module).__name__}: {problem}")
-        state = renamed
-    module.load_state_dict(state, strict=True)
-
-
-def _misfit(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> str:
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
-        for k in sorted(own.keys() & state.keys())
-        if state[k].shape != own[k].shape
-    ]
-    found = (("missing keys", missing), ("unexpected keys", extra), ("other shapes", shapes))
-    return "; ".join(f"{name}: {_some(keys)}" for name, keys in found if keys)
-
-
-def _filtered(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    rename = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
-    if rename is None:
-        return None
-    try:
-        return dict(rename(dict(state), module))
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-        return None  # not a layout that the filter knows: the plain misfit is the message
-
-
-def _some(keys: list[str]) -> str:
-    rest = len(keys) - NAMED_KEYS
-    return ", ".join(keys[:NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:400].rstrip(".") or type(e).__name__
 
 
 def sha256(state: dict[str, Any]) -> str:
@@ -168,9 +141,9 @@ def stage(module: torch.nn.Module, digest: str) -> Path:
     return final
 
 
-def load_staged(model: str, path: Path) -> torch.nn.Module:
+def load_staged(model: str, path: Path, adapt: Adapt = OWN) -> torch.nn.Module:
     """The model with the weights of a staged file: what each actor calls. Raises `StorageError` for a damaged file."""
-    module = build(model)
+    module = build(model, adapt)
     module.load_state_dict(safetensors.torch.load_file(path), strict=True)
     if sha256(module.state_dict()) != path.stem:
         raise StorageError(f"staged weights {path} are damaged: delete the file and run again")

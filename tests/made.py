@@ -5,15 +5,21 @@ from pathlib import Path
 import oracle
 
 from pipeline.backbone import Backbone, facts_of
-from pipeline.config import VectorSet
+from pipeline.config import Adapt, VectorSet
 from pipeline.embed import Embedder, Job, Receipt
 from pipeline.listing import Shard, list_shards
 
 MODEL = "test_vit"
 
 
-def vector_set(model: str = MODEL, **changes: object) -> VectorSet:
-    facts = facts_of(oracle.module(model), model)
+def vector_set(
+    model: str = MODEL,
+    outputs: tuple[str, ...] = ("embedding", "classes"),
+    indices: tuple[int, ...] | None = None,
+    names: tuple[str, ...] | None = None,
+    **changes: object,
+) -> VectorSet:
+    facts = facts_of(oracle.module(model), model, outputs, indices, names)
     fields: dict[str, object] = {
         "model": model,
         "weights_sha256": "0" * 64,
@@ -22,7 +28,8 @@ def vector_set(model: str = MODEL, **changes: object) -> VectorSet:
         "precision": "fp32",
         "engine": "eager",
         "decode": "exact",
-        "outputs": ("embedding", "classes"),
+        "outputs": outputs,
+        "flats": facts.flats,
         "pooling": facts.pooling,
         "dim": facts.dim,
         "classes": facts.classes,
@@ -40,6 +47,7 @@ def job(output: Path | str, *, batch_size: int = 4, labels: tuple[str, ...] = ()
         vectors=vector_set(**changes),  # type: ignore[arg-type]
         labels=labels,
         weights="",
+        adapt=Adapt(),
         output=str(output),
         device="cpu",
         batch_size=batch_size,
@@ -50,10 +58,8 @@ def job(output: Path | str, *, batch_size: int = 4, labels: tuple[str, ...] = ()
 
 def embedder(job: Job, **settings: object) -> Embedder:
     vectors = job.vectors
-    return Embedder(
-        job,
-        Backbone(oracle.module(vectors.model), batch_size=job.batch_size, classes=bool(vectors.top_k), **settings),  # type: ignore[arg-type]
-    )
+    settings = {"batch_size": job.batch_size, "classes": bool(vectors.top_k), "flats": vectors.flats} | settings
+    return Embedder(job, Backbone(oracle.module(vectors.model), **settings))  # type: ignore[arg-type]
 
 
 def embed(job: Job, shards: list[Shard] | Path) -> list[Receipt]:

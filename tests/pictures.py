@@ -119,6 +119,8 @@ def sound() -> dict[str, bytes]:
         "jpeg2000": encoded(image, "JPEG2000"),
         "ppm": encoded(image, "PPM"),
         "ico": encoded(photo(32, 32), "ICO"),
+        "png_transparent_colour": encoded(alpha.convert("RGB"), "PNG", transparency=image.getpixel((30, 20))),
+        "png_transparent_grey": encoded(alpha.convert("L"), "PNG", transparency=128),
         "one_pixel": encoded(image.resize((1, 1)), "PNG"),
     }
 
@@ -159,14 +161,16 @@ def broken() -> dict[str, tuple[str, bytes]]:
     }
 
 
-def data_config(model: str) -> dict[str, Any]:
+def data_config(model: str, channels: int = 3) -> dict[str, Any]:
+    """What timm resolves for `model`, and the channels of its images replaced: `mean` and `std` stay the model's."""
     import timm  # slow, and most of those who want pictures need none of it
     from timm.data import resolve_data_config
 
     cfg = timm.get_pretrained_cfg(model)
     assert cfg is not None
-    return resolve_data_config({}, pretrained_cfg=cfg.to_dict())
+    config: dict[str, Any] = resolve_data_config({}, pretrained_cfg=cfg.to_dict())
+    return config | {"input_size": (channels, *config["input_size"][1:])}
 
 
-def decoder(model: str = "pit_s_224", *, exif_orientation: bool = True) -> Decoder:
-    return Decoder(Preprocessing.of(data_config(model)), exif_orientation=exif_orientation)
+def decoder(model: str = "pit_s_224", channels: int = 3, *, exif_orientation: bool = True) -> Decoder:
+    return Decoder(Preprocessing.of(data_config(model, channels)), exif_orientation=exif_orientation)

@@ -21,9 +21,9 @@ from pipeline import embed as embed_module
 from pipeline.embed import Receipt
 from pipeline.flow import ByteBudget, Flow
 from pipeline.listing import list_shards
+from pipeline.output import Root
 from pipeline.shards import read_samples
-from pipeline.storage import Root
-from pipeline.versions import open_dataset, published, rejects_name
+from pipeline.versions import file_name, open_dataset, published
 
 
 def rows(receipts: list[Receipt], output: Path, columns: list[str] | None = None) -> dict[str, dict]:
@@ -182,7 +182,7 @@ def test_rejects_of_an_unfinished_attempt_are_not_mixed_with_ours(tmp_path: Path
     (tmp_path / "late.jpg").write_bytes(jpeg(seed=3))
     (again,) = made.embed(job, listed)
     assert (again.files.counts.rows, again.files.counts.rejected) == (2, 0)
-    assert again.files.rejects != rejects_name(job.vectors.folder, "x", listed[0].etag) == died.files.rejects
+    assert again.files.rejects != file_name(job.vectors.folder, "rejects", "x", listed[0].etag) == died.files.rejects
     assert pq.read_table(tmp_path / "out" / again.files.rejects).num_rows == 0
 
 

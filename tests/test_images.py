@@ -19,9 +19,10 @@ import torch
 from pictures import data_config, decoder
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
+from timm.data.loader import adapt_to_chs
 
 from pipeline.errors import Reject, UsageError
-from pipeline.images import Decoded, Decoder, Preprocessing, float_levels, to_rgb
+from pipeline.images import MODES, Decoded, Decoder, Preprocessing, float_levels, to_mode
 
 SEEDS = [f"pit_{size}{kind}_224" for size in ("ti", "xs", "s", "b") for kind in ("", "_distilled")] + [
     "vit_pwee_patch16_reg1_gap_256.sbb_in1k",
@@ -34,6 +35,7 @@ OTHERS = {
     "vit_base_patch16_sapiens2.fb": "squash",  # 1024x768, bilinear
     "cspdarknet53.ra_in1k": "center",  # bilinear
 }
+WITH_CHANNELS = [(model, 3) for model in [*SEEDS, *OTHERS]] + [(m, c) for m in ["pit_s_224", *OTHERS] for c in (1, 4)]
 SIZES = [(500, 375), (375, 500), (224, 224), (600, 80), (33, 47), (1, 1), (12, 240)]
 
 
@@ -42,14 +44,19 @@ def photos() -> list[bytes]:
     return [pictures.jpeg(width, height, seed) for seed, (width, height) in enumerate(SIZES)]
 
 
+def adapted(config: dict[str, Any]) -> dict[str, Any]:
+    """With a mean and a deviation for each channel, as timm's own loader makes them."""
+    return config | {key: adapt_to_chs(config[key], config["input_size"][0]) for key in ("mean", "std")}
+
+
 def normalised(pixels: np.ndarray, config: dict[str, Any]) -> torch.Tensor:
     """The model's input, as the forward pass makes it from the pixels."""
-    mean, std = (torch.tensor(config[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(adapted(config)[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return torch.from_numpy(pixels).float().div(255).sub(mean).div(std)
 
 
 def oracle(image: Image.Image, config: dict[str, Any]) -> torch.Tensor:
-    tensor = create_transform(**config)(image)
+    tensor = create_transform(**adapted(config))(image)
     assert isinstance(tensor, torch.Tensor)
     return tensor
 
@@ -57,10 +64,10 @@ def oracle(image: Image.Image, config: dict[str, Any]) -> torch.Tensor:
 # Bit-equality with timm
 
 
-@pytest.mark.parametrize("model", SEEDS + list(OTHERS))
-def test_pixels_normalised_are_bit_equal_to_timms_own_transform(model: str) -> None:
-    """For every seed model and every crop mode, at every size and shape."""
-    config = data_config(model)
+@pytest.mark.parametrize(("model", "channels"), WITH_CHANNELS)
+def test_pixels_normalised_are_bit_equal_to_timms_own_transform(model: str, channels: int) -> None:
+    """For every seed model, and every crop mode with every number of channels, at every size and shape."""
+    config = data_config(model, channels)
     assert config["crop_mode"] == OTHERS.get(model, "center")
     decode = Decoder(Preprocessing.of(config))
     for (width, height), data in zip(SIZES, photos(), strict=True):
@@ -69,7 +76,7 @@ def test_pixels_normalised_are_bit_equal_to_timms_own_transform(model: str) -> N
         assert got.pixels.shape == config["input_size"]
         assert got.pixels.flags.c_contiguous
         assert (got.width, got.height) == (width, height)
-        expected = oracle(Image.open(io.BytesIO(data)).convert("RGB"), config)
+        expected = oracle(Image.open(io.BytesIO(data)).convert(MODES[channels]), config)
         assert torch.equal(normalised(got.pixels, config), expected)
 
 
@@ -111,10 +118,10 @@ def test_a_spawned_process_gives_the_same_bits() -> None:
 
 
 def test_a_pickled_decoder_keeps_its_settings() -> None:
-    """Preprocessing and orientation survive."""
-    decode = decoder("coat_lite_medium_384.in1k", exif_orientation=False)
+    """Preprocessing, mode and orientation survive."""
+    decode = decoder("coat_lite_medium_384.in1k", 1, exif_orientation=False)
     again = pickle.loads(pickle.dumps(decode))
-    assert (again.preprocessing, again.exif_orientation) == (decode.preprocessing, False)
+    assert (again.preprocessing, again.mode, again.exif_orientation) == (decode.preprocessing, "L", False)
 
 
 # Preprocessing
@@ -137,27 +144,45 @@ def test_preprocessing_is_hashable_frozen_and_survives_json() -> None:
         made.crop_pct = 1.0  # type: ignore[misc]
 
 
-def test_a_model_of_other_than_three_channels_is_refused() -> None:
-    """The message says how many it takes."""
-    with pytest.raises(UsageError, match="1 channels"):
-        Preprocessing.of(data_config("pit_b_224") | {"input_size": (1, 224, 224)})
+@pytest.mark.parametrize("channels", [0, 2, 5, 12])
+def test_a_model_of_channels_that_no_image_has_is_refused(channels: int) -> None:
+    """The message says how many it takes, and how many can be given."""
+    with pytest.raises(UsageError, match=rf" {channels} channels, .*1 \(grey\), 3 \(RGB\) or 4 \(RGBA\)"):
+        Preprocessing.of(data_config("pit_b_224", channels))
+
+
+@pytest.mark.parametrize("channels", MODES)
+@pytest.mark.parametrize("values", [0.5, [0.449], [0.1, 0.7], (0.485, 0.456, 0.406), [0.1, 0.2, 0.4, 0.8], [0, 0, 1]])
+def test_mean_and_std_have_an_entry_for_each_channel(values: Any, channels: int) -> None:
+    """As timm's loader has them: as they are where the numbers match, else their average for every channel."""
+    given = data_config("pit_s_224", channels) | {"mean": values, "std": values}
+    made = Preprocessing.of(given)
+    assert (made.mean, made.std) == (expected := tuple(adapt_to_chs(values, channels)), expected)
+    assert len(made.mean) == channels
+    assert {type(value) for value in made.mean} == {float}
+    assert Preprocessing.of(json.loads(json.dumps(asdict(made)))) == made
 
 
 # Odd but decodable
 
 
+@pytest.mark.parametrize("channels", MODES)
 @pytest.mark.parametrize("name", sorted(pictures.sound()))
-def test_every_decodable_oddity_equals_pillows_upright_rgb(name: str) -> None:
-    """Alpha, palettes, CMYK, LAB, 1 bit, animations (frame 0): as `exif_transpose(…).convert("RGB")` gives them."""
+def test_every_decodable_oddity_equals_pillows_upright_conversion(name: str, channels: int) -> None:
+    """Alpha, palettes, CMYK, LAB, 1 bit, animations (frame 0): as `exif_transpose(…).convert(mode)` gives them."""
     data = pictures.sound()[name]
-    config = data_config("pit_s_224")
-    got = decoder()(data)
+    if (name, channels) == ("tiff_lab", 1):
+        with pytest.raises(Reject, match="mode LAB cannot be converted to L"):
+            decoder(channels=1)(data)
+        return
+    config = data_config("pit_s_224", channels)
+    got = decoder(channels=channels)(data)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert (got.width, got.height) == upright.size
     if upright.mode in ("I;16", "F"):
         levels = np.asarray(upright) >> 8 if upright.mode == "I;16" else np.rint(np.asarray(upright) * 255)
         upright = Image.fromarray(levels.astype(np.uint8))
-    assert torch.equal(normalised(got.pixels, config), oracle(upright.convert("RGB"), config))
+    assert torch.equal(normalised(got.pixels, config), oracle(upright.convert(MODES[channels]), config))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -170,8 +195,9 @@ def test_orientation_is_applied_or_left_as_asked(form: str, orientation: int) ->
     stored = Image.open(io.BytesIO(pictures.encoded(picture, form, **more))).convert("RGB")
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     assert upright.size == ((60, 40) if orientation < 5 else (40, 60))
-    turned, left = decoder(), decoder(exif_orientation=False)
+    turned, left, grey = decoder(), decoder(exif_orientation=False), decoder(channels=1)
     assert np.array_equal(turned(data).pixels, turned.transform(upright).numpy())
+    assert np.array_equal(grey(data).pixels, grey.transform(upright.convert("L")).numpy())
     assert np.array_equal(left(data).pixels, left.transform(stored).numpy())
     assert left(data)[1:] == (60, 40)
 
@@ -216,10 +242,22 @@ def test_random_damage_to_exif_never_costs_a_jpeg() -> None:
         assert np.array_equal(got.pixels, decode.transform(upright).numpy())
 
 
-def test_colours_under_alpha_are_kept() -> None:
-    """A fully transparent red is red, as `convert("RGB")` has it, and not black or white."""
+@pytest.mark.parametrize(("channels", "expected"), [(1, [77]), (3, [250, 3, 7]), (4, [0, 0, 0, 0])])
+def test_colours_under_alpha_are_kept_where_alpha_is_dropped(channels: int, expected: list[int]) -> None:
+    """A fully transparent red is red, or its grey, as Pillow's conversion has it; an RGBA resize makes it black."""
     invisible = pictures.encoded(Image.new("RGBA", (20, 20), (250, 3, 7, 0)), "PNG")
-    assert decoder()(invisible).pixels[:, 9, 9].tolist() == [250, 3, 7]
+    assert decoder(channels=channels)(invisible).pixels[:, 9, 9].tolist() == expected
+
+
+def test_alpha_is_what_the_image_has_else_opaque() -> None:
+    """Out of a channel, out of a palette, out of one transparent colour; 255 everywhere without any of these."""
+    decode, sound = decoder(channels=4), pictures.sound()
+    alpha = {name: decode(data).pixels[3] for name, data in sound.items()}
+    with_alpha = {name for name, levels in alpha.items() if levels.min() < 255}
+    assert with_alpha == {
+        *("png_rgba", "png_grey_alpha", "png_palette_transparency", "webp_lossless_alpha"),
+        *("png_transparent_colour", "png_transparent_grey"),
+    }
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
@@ -242,22 +280,28 @@ def test_an_animation_of_100_000_frames_costs_one_frame() -> None:
 # 16-bit, integer and float
 
 
+def levels_of(image: Image.Image) -> list[int]:
+    """The first row's levels, which grey, RGB and RGBA must agree on; RGBA's alpha must be opaque."""
+    grey, rgb, rgba = (np.asarray(to_mode(image, mode)) for mode in MODES.values())
+    assert np.array_equal(rgb, np.repeat(grey[..., None], 3, axis=2))
+    assert np.array_equal(rgba, np.dstack([rgb, np.full(grey.shape, 255, np.uint8)]))
+    return grey[0].tolist()
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
 def test_sixteen_bit_levels_lose_their_low_byte(mode: str) -> None:
     """Whatever the byte order: 0x1234 becomes 0x12, where Pillow would clip at 255."""
     levels = np.array([[0, 255, 256, 0x1234, 65535]], np.uint16)
     stored = levels.astype(">u2" if mode.endswith("B") else "<u2").tobytes()
-    image = Image.frombuffer(mode, (5, 1), stored, "raw", mode, 0, 1)
-    assert np.asarray(to_rgb(image)).tolist() == [[[0] * 3, [0] * 3, [1] * 3, [0x12] * 3, [255] * 3]]
+    assert levels_of(Image.frombuffer(mode, (5, 1), stored, "raw", mode, 0, 1)) == [0, 0, 1, 0x12, 255]
 
 
 def test_integer_images_are_scaled_and_clipped() -> None:
     """A 16-bit PGM opens as 32-bit integers: its levels lose their low byte; what lies beyond is clipped."""
     image = Image.open(io.BytesIO(b"P5 3 1 65535\n\x12\x34\xff\xff\0\xff"))
     assert image.mode == "I"
-    assert np.asarray(to_rgb(image))[0, :, 1].tolist() == [0x12, 255, 0]
-    beyond = Image.fromarray(np.array([[-5, 2**31 - 1, 65536, 65535]], np.int32))
-    assert np.asarray(to_rgb(beyond))[0, :, 0].tolist() == [0, 255, 255, 255]
+    assert levels_of(image) == [0x12, 255, 0]
+    assert levels_of(Image.fromarray(np.array([[-5, 2**31 - 1, 65536, 65535]], np.int32))) == [0, 255, 255, 255]
 
 
 @pytest.mark.parametrize(
@@ -279,21 +323,23 @@ def test_float_images_are_scaled_by_their_largest_finite_value(values: list[floa
     """0…1, 0…255 and 16-bit levels; not-a-number and negatives are 0, infinity 255."""
     with np.errstate(all="raise"):
         assert float_levels(np.array([values], np.float32)).tolist() == [expected]
-    assert np.asarray(to_rgb(Image.fromarray(np.array([values], np.float32))))[0, :, 2].tolist() == expected
+    assert levels_of(Image.fromarray(np.array([values], np.float32))) == expected
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"])
-def test_every_other_mode_is_pillows_conversion(mode: str) -> None:
-    """Bit-equal to `convert("RGB")`."""
+@pytest.mark.parametrize("to", MODES.values())
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La"]
+)
+def test_every_other_mode_is_pillows_conversion(mode: str, to: str) -> None:
+    """Bit-equal to `convert(to)`; the image itself where it has the mode; unsupported, by name, where Pillow cannot."""
     image = pictures.photo(20, 10)
-    for step in {"LA": ["LA"], "PA": ["P", "PA"], "RGBa": ["RGBA", "RGBa"]}.get(mode, [mode]):
+    for step in {"La": ["LA", "La"], "PA": ["P", "PA"], "RGBa": ["RGBA", "RGBa"]}.get(mode, [mode]):
         image = image.convert(step)
     assert image.mode == mode
-    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(image.convert("RGB")))
-
-
-def test_a_mode_without_a_conversion_is_unsupported() -> None:
-    """The mode is named."""
-    with pytest.raises(Reject, match="La") as caught:
-        to_rgb(Image.new("La", (4, 4)))
-    assert (caught.value.reason, caught.value.stage) == ("unsupported", "decode")
+    if mode == "La" or (mode, to) == ("LAB", "L"):
+        with pytest.raises(Reject, match=f"mode {mode} cannot be converted to {to}") as caught:
+            to_mode(image, to)
+        assert (caught.value.reason, caught.value.stage) == ("unsupported", "decode")
+    else:
+        assert np.array_equal(np.asarray(to_mode(image, to)), np.asarray(image.convert(to)))
+        assert (to_mode(image, to) is image) == (mode == to)

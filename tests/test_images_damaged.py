@@ -1,9 +1,13 @@
 """`pipeline.images`: whatever strangers send gives pixels or a reject that says why."""
 
+import itertools
 import re
+import struct
 import subprocess
 import sys
 import time
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -87,6 +91,24 @@ def test_an_icon_that_understates_its_size_is_measured_again() -> None:
     assert reject(b"\0\0\1\0\1\0" + entry + strip).reason == "too_large"
 
 
+def test_pngs_with_two_headers_give_pixels_or_a_reject() -> None:
+    """Palette and transparency of another kind than the pixels: Pillow's conversions raise errors of many types."""
+    kinds = {2: b"\0\1\0\2\0\3", 3: b"\5\6\7", 0: b"\1\5", 4: b"\5" * 300, 6: b""}  # to a tRNS of their own
+    headers = [pictures.png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, kind, 0, 0, 0)) for kind in kinds]
+    palette, end = pictures.png_chunk(b"PLTE", bytes(range(48))), pictures.png_chunk(b"IEND", b"")
+    pixels = pictures.png_chunk(b"IDAT", zlib.compress(bytes(264)))
+    decoders, reasons = [decoder(channels=channels) for channels in images.MODES], Counter[str]()
+    for first, second, value in itertools.product(headers, headers, kinds.values()):
+        transparent = pictures.png_chunk(b"tRNS", value)
+        for decode in decoders:
+            try:
+                assert decode(pictures.PNG_HEAD + first + palette + transparent + second + pixels + end).width == 8
+            except Reject as error:
+                reasons[error.reason] += 1
+    assert reasons["corrupt"] > 0
+    assert reasons["unsupported"] > 0
+
+
 def test_large_images_wait_for_each_other_and_small_ones_do_not() -> None:
     """While one image of over 32 Mpx is decoded, another waits; small images go on."""
     decode = decoder()
@@ -124,18 +146,18 @@ from PIL import Image
 from pipeline.errors import Reject
 from pipeline.images import Decoder, Preprocessing
 from tests import pictures
-decode = Decoder(Preprocessing(input_size=(3, 32, 32), crop_pct=1.0, crop_mode="center", interpolation="bilinear",
-                               mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+config = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear", "mean": [0.5], "std": [0.5]}
+decoders = [Decoder(Preprocessing.of(config | {"input_size": (channels, 32, 32)})) for channels in (1, 3, 4)]
 odd = [*pictures.sound().values(), *(data for _, data in pictures.broken().values())]
-odd += [pictures.encoded(Image.new("1", (10_000, 9_000)), "PNG")]
+decoders[0](pictures.encoded(Image.new("1", (10_000, 9_000)), "PNG"))
 odd += [data[:at] + b"\\xff" * 4 + data[at + 4:] for data in odd[:30] for at in (12, 60, len(data) // 2)]
-def run():
+def run(decode):
     for data in odd:
         try:
             decode(data)
         except Reject:
             pass
-threads = [threading.Thread(target=run) for _ in range(2)]
+threads = [threading.Thread(target=run, args=(decode,)) for decode in decoders]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
 """
@@ -152,27 +174,30 @@ FUZZED = {
 }
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=250, deadline=None, derandomize=True, database=None)
 @given(
+    channels=st.sampled_from(list(images.MODES)),
     name=st.sampled_from(sorted(FUZZED)),
     edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=6)), max_size=8),
     keep=st.one_of(st.just(1.0), st.floats(0, 1)),
 )
-def test_damaged_bytes_give_pixels_or_a_reject(name: str, edits: list[tuple[float, bytes]], keep: float) -> None:
+def test_damaged_bytes_give_pixels_or_a_reject(
+    channels: int, name: str, edits: list[tuple[float, bytes]], keep: float
+) -> None:
     """Overwritten and cut anywhere: an image of the model's size, or a reject with a reason from the list."""
     damaged = bytearray(pictures.sound()[name])
     for where, patch in edits:
         at = int(where * where * len(damaged))  # squared: headers are where it hurts
         damaged[at : at + len(patch)] = patch
     try:
-        got = decoder()(bytes(damaged[: round(keep * len(damaged))]))
+        got = decoder(channels=channels)(bytes(damaged[: round(keep * len(damaged))]))
     except Reject as error:
         assert error.reason in REASONS
         assert error.stage == "decode"
         assert 0 < len(error.message) <= 200
         assert error.message.isprintable()
     else:
-        assert got.pixels.shape == (3, 224, 224)
+        assert got.pixels.shape == (channels, 224, 224)
         assert got.pixels.dtype == np.uint8
         assert got.width > 0
         assert got.height > 0

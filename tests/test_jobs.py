@@ -22,7 +22,7 @@ from jobs import job_file
 from jobs.__main__ import app
 from pipeline import versions
 from pipeline.errors import UsageError
-from pipeline.storage import Root
+from pipeline.output import Root
 
 
 def call(*args: object) -> tuple[int, str, str]:

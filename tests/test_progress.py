@@ -9,9 +9,9 @@ import pytest
 
 from pipeline import progress
 from pipeline.embed import Receipt
+from pipeline.output import Root
 from pipeline.progress import Display, Note, State, is_alive, read_notes, speed
 from pipeline.rows import Counts
-from pipeline.storage import Root
 from pipeline.versions import ShardFiles
 
 

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from s3fs.errors import translate_boto_error  # type: ignore[import-untyped]
 
 from pipeline.errors import StorageError
+from pipeline.output import Root
 from pipeline.retries import RangeReader, redact, said
-from pipeline.storage import Root, resolve
+from pipeline.storage import resolve
 
 
 def client_error(status: int, code: str) -> Exception:

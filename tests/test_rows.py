@@ -37,8 +37,8 @@ def write(folder: Path, n: int = 20, **changes: object) -> tuple[Path, Path]:
             count = min(8, n - start)
             writer.rows(samples(count, start), [(640, 480)] * count, arrays(count, start))
         writer.reject(Sample(n, "bad"), Reject("corrupt", "decode", "no image"), 17)
-        rejects = writer.finish_rejects().rename(folder / "rejects.parquet")
-        return writer.finish_embeddings("rejects/x.parquet").rename(folder / "x.parquet"), rejects
+        rejects = writer.finish("rejects").rename(folder / "rejects.parquet")
+        return writer.finish_embeddings({"rejects": "rejects/x.parquet"}).rename(folder / "x.parquet"), rejects
 
 
 @pytest.fixture(scope="module")

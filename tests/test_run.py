@@ -19,9 +19,9 @@ from pictures import jpeg
 from pipeline import versions
 from pipeline.config import RunConfig
 from pipeline.listing import list_shards
+from pipeline.output import Root
 from pipeline.progress import is_alive, read_notes
 from pipeline.run import COMMITTED, FAILED, REFUSED, STALLED, Result, embed
-from pipeline.storage import Root
 from pipeline.verify import verify
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -25,7 +25,8 @@ from s3_server import S3Server
 
 from pipeline import open_dataset
 from pipeline.errors import UsageError
-from pipeline.storage import Root, is_unchanged, list_files, open_input, read_bytes, resolve
+from pipeline.output import Root
+from pipeline.storage import is_unchanged, list_files, open_input, read_bytes, resolve
 
 pytestmark = pytest.mark.slow
 

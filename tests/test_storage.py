@@ -16,7 +16,8 @@ import stamina
 from containers import FlakyStore, clear_memory, serving
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.storage import Entry, Root, digest, is_unchanged, list_files, open_input, read_bytes, redact
+from pipeline.output import Root
+from pipeline.storage import Entry, digest, is_unchanged, list_files, open_input, read_bytes, redact
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -44,7 +45,11 @@ def test_of_sixteen_threads_one_creates(tmp_path: Path, as_file: bool) -> None:
             path.write_bytes(bytes([i]) * 300_000)
             content = path
         barrier.wait()
-        return root.put_new("sets/a/x.parquet", content)
+        try:
+            return root.put_new("sets/a/x.parquet", content)
+        finally:
+            if isinstance(content, Path):
+                content.unlink()
 
     with ThreadPoolExecutor(16) as pool:
         won = list(pool.map(put, range(16)))
@@ -55,7 +60,7 @@ def test_of_sixteen_threads_one_creates(tmp_path: Path, as_file: bool) -> None:
 
 RACE = """
 import os, sys, time
-from pipeline.storage import Root
+from pipeline.output import Root
 root, start = Root(sys.argv[1]), time.time() + 0.5
 children = []
 for i in range(16):
@@ -87,7 +92,8 @@ def test_other_stores_are_looked_at_first(memory: str) -> None:
     assert root.put_new("a/x", b"one") and not root.put_new("a/x", b"two")
     local = Path(root.scratch()) / "file-of-test-storage"
     local.write_bytes(b"three")
-    assert root.put_new("a/y", local) and not local.exists()
+    assert root.put_new("a/y", local) and not root.put_new("a/y", local)
+    local.unlink()
     assert {name: root.read(name) for name in root.list("a")} == {"a/x": b"one", "a/y": b"three"}
 
 
@@ -121,7 +127,7 @@ def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
 
 STALLED = """
 import os, sys, time
-from pipeline.storage import Root
+from pipeline.output import Root
 def stall(handle):
     print("writing", flush=True)
     time.sleep(60)

@@ -14,7 +14,7 @@ from pictures import jpeg
 
 from pipeline import versions
 from pipeline.listing import list_shards
-from pipeline.storage import Root
+from pipeline.output import Root
 from pipeline.verify import Findings, verify
 
 

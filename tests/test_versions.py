@@ -15,7 +15,7 @@ from pictures import jpeg
 from pipeline import versions
 from pipeline.errors import StorageError, UsageError
 from pipeline.listing import Shard, list_shards
-from pipeline.storage import Root
+from pipeline.output import Root
 from pipeline.versions import ShardFiles
 
 FOLDER = made.vector_set().folder
@@ -221,7 +221,7 @@ def test_a_repaired_shard_gets_a_new_record(tmp_path: Path, shards: Path) -> Non
     """A file that was deleted and made again is listed as it is now, not as it was."""
     root, _, files = embedded(tmp_path, shards)
     first = versions.commit(root, SET, files)
-    wrong = [replace(files[0], embeddings_bytes=1), *files[1:]]
+    wrong = [replace(files[0], sizes=files[0].sizes | {"embeddings": 1}), *files[1:]]
     assert versions.commit(root, SET, wrong).version == first.version + 1
     again = versions.collect(root, FOLDER, list_shards([str(shards)]), {f.embeddings: f for f in wrong})
     assert again == files  # a record whose size is not the file's is not believed

@@ -1,0 +1,243 @@
+"""What a model gives beside its embedding, out of the same forward pass: tokens, feature maps, the logits of two heads.
+
+`flats` says, before a run, which columns come of what was asked and how each row's tensors are shaped. `Taps` takes
+them from a batch. Feature maps go by timm's index (those of `features_only=True`) or by the names that tfimm gives
+them: `patch_embedding`, `stage_1/block_2`, `stage_1/pool` of PiT, `block_7` of ViT, BEiT, ConViT and their like,
+`features_all`, `features`, `logits`.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from pipeline.config import Flat
+from pipeline.errors import UsageError
+
+Take = Callable[[tuple[Any, ...], Any], torch.Tensor]  # of a module's arguments and its output
+NEAREST = 5  # names that an unknown one is answered with
+HEADS = ("head", "head_dist")  # as every distilled architecture of timm calls them
+TWO_HEADS = "+".join(HEADS)
+OF_THE_HEADS = ("features", "logits")  # tfimm's names of what the classifier takes and gives
+
+
+class Taps:
+    """Takes the columns of `flats` from forward passes of one module, from one thread at a time."""
+
+    def __init__(self, module: nn.Module, flats: Sequence[Flat]):
+        self._module: Any = module
+        self._flats = tuple(flats)
+        sources = [f.source for f in flats if f.kind == "features"]
+        self._indices = sorted({int(s) for s in sources if _is_index(s)})
+        named = _named(module) if len(sources) > len(self._indices) else {}
+        self._hooks = {s: named[s] for s in sources if s in named}
+        self.of_the_heads = any(f.source in (*OF_THE_HEADS, TWO_HEADS) for f in self._flats)  # `logits` must be called
+        self._heads = [m for m in (getattr(module, h, None) for h in HEADS) if isinstance(m, nn.Module)]
+        self._caught: dict[str, Any] = {}
+
+    def body(self, x: torch.Tensor) -> Any:
+        """`forward_features(x)`, and what was asked of the layers on the way kept."""
+        self._caught = {}
+        if self._indices:
+            # Maps come in the order of depth, each once, whatever order they are asked in.
+            body, maps = self._module.forward_intermediates(x, indices=self._indices)
+            layouts = {f.source: f.layouts for f in self._flats}
+            for index, tensor in zip(map(str, self._indices), maps, strict=True):
+                self._caught[index] = tensor.permute(0, 2, 3, 1) if layouts[index] == ("NHWC",) else tensor
+            return body
+        with _hooked([(self._module.get_submodule(path), s, take) for s, (path, take) in self._hooks.items()]) as got:
+            body = self._module.forward_features(x)
+        self._caught = dict(got)
+        return body
+
+    def logits(self, body: Any) -> torch.Tensor:
+        """`forward_head(body)`, and what each head took and gave kept."""
+        taken: list[tuple[nn.Module, str, Take]] = []
+        for i, head in enumerate(self._heads):
+            taken += [(head, f"features {i}", _argument), (head, f"logits {i}", _output)]
+        with _hooked(taken if self.of_the_heads else []) as got:
+            logits: torch.Tensor = self._module.forward_head(body)
+        for name in OF_THE_HEADS:
+            parts = [got[key] for i in range(len(self._heads)) if (key := f"{name} {i}") in got]
+            if parts:
+                self._caught[name] = torch.stack(parts, 1) if len(parts) > 1 else parts[0]
+        return logits
+
+    def flat(self, body: Any, n: int) -> tuple[torch.Tensor, ...]:
+        """A tensor (n, size) for each column, of its dtype, from the first n images of the batch last passed."""
+        return tuple(self._flat(f, body, n) for f in self._flats)
+
+    def _flat(self, f: Flat, body: Any, n: int) -> torch.Tensor:
+        parts = self._parts(f, body)
+        rows = torch.cat([p[:n].float().flatten(1) for p in parts], 1)
+        return rows.to(getattr(torch, f.dtype))
+
+    def _parts(self, f: Flat, body: Any) -> list[torch.Tensor]:
+        if f.kind == "tokens":
+            return list(body) if isinstance(body, list | tuple) else [body]
+        if f.kind == "heads":
+            return [self._caught["logits"]]
+        return [body if f.source == "features_all" and f.source not in self._caught else self._caught[f.source]]
+
+
+@contextmanager
+def _hooked(points: Sequence[tuple[nn.Module, str, Take]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Keeps what `take` finds at each module while the context is open, under the point's name."""
+    got: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, take: Take) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            got[name] = take(args, output)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name, take)) for module, name, take in points]
+    try:
+        yield got
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# names
+
+
+def feature_names(module: nn.Module) -> tuple[str, ...]:
+    """tfimm's names of what the model computes, in the order of computing; empty where it has none."""
+    named = _named(module)
+    if not named:
+        return ()
+    ends = OF_THE_HEADS if getattr(module, "num_classes", 0) else OF_THE_HEADS[:1]
+    return (*(name for name in named if name != "features_all"), "features_all", *ends)
+
+
+def _named(module: Any) -> dict[str, tuple[str, Take]]:
+    """tfimm's name → the module to watch there, and what to take of it."""
+    if type(module).__name__ == "PoolingVisionTransformer":
+        return _named_of_pit(module)
+    blocks, head = getattr(module, "blocks", None), getattr(module, "head", None)
+    one_sequence = isinstance(blocks, nn.Sequential | nn.ModuleList) and isinstance(head, nn.Linear | nn.Identity)
+    if one_sequence and hasattr(module, "patch_embed"):
+        points: dict[str, tuple[str, Take]] = {"patch_embedding": ("blocks.0", _argument)}
+        return points | {f"block_{k}": (f"blocks.{k}", _output) for k in range(len(blocks))}
+    return {}
+
+
+def _named_of_pit(module: Any) -> dict[str, tuple[str, Take]]:
+    stages = module.transformers
+    points: dict[str, tuple[str, Take]] = {"patch_embedding": ("transformers.0", lambda args, _: _sequence(*args[0]))}
+    for j, stage in enumerate(stages):
+        for k in range(len(stage.blocks)):
+            points[f"stage_{j}/block_{k}"] = (f"transformers.{j}.blocks.{k}", _output)
+        if j + 1 < len(stages):
+            points[f"stage_{j}/pool"] = (f"transformers.{j + 1}.pool", lambda _, output: _sequence(*output))
+    # Of PiT the last block's output, of ViT the normed one, which is what forward_features gives.
+    points["features_all"] = (f"transformers.{len(stages) - 1}.blocks.{len(stages[-1].blocks) - 1}", _output)
+    return points
+
+
+def _sequence(grid: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) and (N, T, C) → (N, T + HW, C), as tfimm keeps them."""
+    return torch.cat([tokens, grid.flatten(2).transpose(1, 2)], 1)
+
+
+def _argument(args: tuple[Any, ...], _: Any) -> torch.Tensor:
+    first: torch.Tensor = args[0]
+    return first
+
+
+def _output(_: tuple[Any, ...], output: Any) -> torch.Tensor:
+    tensor: torch.Tensor = output
+    return tensor
+
+
+# what a run will give
+
+
+def flats(
+    module: Any,
+    model: str,
+    blank: torch.Tensor,
+    outputs: Sequence[str],
+    indices: tuple[int, ...] | None = None,
+    names: tuple[str, ...] | None = None,
+) -> tuple[Flat, ...]:
+    """The columns that `outputs` asks for, in order, shaped as the model shapes them for `blank` (1, C, H, W).
+
+    Raises `UsageError` where the model lacks what was asked.
+    """
+    found: list[Flat] = []
+    if "tokens" in outputs:
+        body = module.forward_features(blank)
+        parts = list(body) if isinstance(body, list | tuple) else [body]
+        layouts = tuple(_layout(p, getattr(module, "output_fmt", None)) for p in parts)
+        found.append(_flat("tokens", "tokens", "forward_features", [tuple(p.shape[1:]) for p in parts], layouts))
+    if "features" in outputs:
+        declared = None
+        if names is None:
+            names, declared = _indices(module, model, blank, indices)
+        maps = _blank_maps(module, model, blank, names, declared)
+        for i, name in enumerate(names):
+            shape, layout = tuple(maps[name].shape[1:]), _layout(maps[name], declared)
+            found.append(_flat("features", f"feature_{i}", name, [shape], (layout,)))
+    if "heads" in outputs:
+        if not all(isinstance(getattr(module, head, None), nn.Module) for head in HEADS) or not module.num_classes:
+            raise UsageError(f"--outputs heads: {model} has no second classifier head: choose --outputs classes")
+        found.append(_flat("heads", "heads", TWO_HEADS, [(len(HEADS), module.num_classes)], ("N2C",), "float32"))
+    return tuple(found)
+
+
+def _flat(
+    kind: str, column: str, source: str, shapes: list[tuple[int, ...]], layouts: tuple[str, ...], dtype: str = "float16"
+) -> Flat:
+    return Flat(kind=kind, column=column, source=source, shapes=tuple(shapes), layouts=layouts, dtype=dtype)
+
+
+def _layout(tensor: torch.Tensor, declared: object = None) -> str:
+    """Of a batch. Channels come second in maps, unless the model declares otherwise, and last in sequences."""
+    if tensor.ndim == 4:
+        return "NHWC" if str(declared) == "NHWC" else "NCHW"
+    return {2: "NC", 3: "NLC"}.get(tensor.ndim, "N" + "?" * (tensor.ndim - 1))
+
+
+def _is_index(source: str) -> bool:
+    return source.isdecimal()
+
+
+def _indices(
+    module: Any, model: str, blank: torch.Tensor, asked: tuple[int, ...] | None
+) -> tuple[tuple[str, ...], str | None]:
+    """Indices from the front, as words: those asked for, else timm's own choice; and the layout that timm gives."""
+    try:
+        count = len(module.forward_intermediates(blank)[1])
+        with torch.device("meta"):
+            maps = timm.create_model(model, pretrained=False, features_only=True)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError, AssertionError) as e:
+        raise UsageError(f"--outputs features: timm has no feature maps of {model}: {e}") from e
+    asked = tuple(maps.feature_info.out_indices) if asked is None else asked
+    for index in asked:
+        if not -count <= index < count:
+            raise UsageError(f"--feature-indices {index}: {model} has feature maps 0 to {count - 1}")
+    layout = str(getattr(maps, "output_fmt", "NCHW"))  # Swin's are NHWC
+    return tuple(str(index % count) for index in asked), layout.rpartition(".")[2]
+
+
+def _blank_maps(
+    module: Any, model: str, blank: torch.Tensor, sources: tuple[str, ...], declared: str | None
+) -> dict[str, torch.Tensor]:
+    known = feature_names(module)
+    for source in sources:
+        if not _is_index(source) and source not in known:
+            near = difflib.get_close_matches(source, known, NEAREST) or known[: NEAREST + 1]
+            what = f"nearest of its {len(known)}: {', '.join(near)}" if known else "use --feature-indices"
+            raise UsageError(f"--feature-names {source}: {model} has no such name; {what}")
+    wanted = [_flat("features", "", source, [], (declared or "",)) for source in sources]
+    probe = Taps(module, wanted)
+    body = probe.body(blank)
+    if probe.of_the_heads:
+        probe.logits(body)
+    return {f.source: probe._parts(f, body)[0] for f in wanted}
