@@ -104,7 +104,7 @@ def facts_of(
         raise UsageError(f"model {model} gives logits {tuple(logits.shape)} for its {classes} classes")
     names, source = _label_names(module, classes)
     with torch.inference_mode():
-        columns = flats(module, model, blank, outputs, feature_indices, feature_names)
+        columns = flats(module, model, blank, body, outputs, feature_indices, feature_names)
     dim = embedding.flatten(1).shape[1]
     return Facts(preprocessing, dim, classes, _pooling(module), names, source, columns)
 

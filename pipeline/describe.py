@@ -27,7 +27,7 @@ from pipeline.errors import UsageError
 Result = TypeVar("Result")
 aten = torch.ops.aten
 
-# Digits after the point: 73.765 M parameters, 12.402 GMACs, 32.94 M activations. Printed cards give one of each.
+# Digits after the point: 73.765 M parameters, 12.402 GMACs, 32.94 M activations. Printed cards round each to one digit.
 PARAMS_DIGITS, GMACS_DIGITS, ACTIVATIONS_DIGITS = 3, 3, 2
 
 # The matrix products, and which argument their left operand is; the right one follows it.

@@ -20,8 +20,7 @@ from pipeline.errors import UsageError
 
 Take = Callable[[tuple[Any, ...], Any], torch.Tensor]  # of a module's arguments and its output
 NEAREST = 5  # names that an unknown one is answered with
-HEADS = ("head", "head_dist")  # as every distilled architecture of timm calls them
-TWO_HEADS = "+".join(HEADS)
+TWO_HEADS = "head+head_dist"  # as every distilled architecture of timm calls them
 OF_THE_HEADS = ("features", "logits")  # tfimm's names of what the classifier takes and gives
 
 
@@ -32,11 +31,10 @@ class Taps:
         self._module: Any = module
         self._flats = tuple(flats)
         sources = [f.source for f in flats if f.kind == "features"]
-        self._indices = sorted({int(s) for s in sources if _is_index(s)})
-        named = _named(module) if len(sources) > len(self._indices) else {}
-        self._hooks = {s: named[s] for s in sources if s in named}
+        self._indices = sorted({int(s) for s in sources if s.isdecimal()})
+        self._hooks = {s: point for s, point in _named(module).items() if s in sources}
         self.of_the_heads = any(f.source in (*OF_THE_HEADS, TWO_HEADS) for f in self._flats)  # `logits` must be called
-        self._heads = [m for m in (getattr(module, h, None) for h in HEADS) if isinstance(m, nn.Module)]
+        self._heads = _heads(module)
         self._caught: dict[str, Any] = {}
 
     def body(self, x: torch.Tensor) -> Any:
@@ -72,11 +70,12 @@ class Taps:
         return tuple(self._flat(f, body, n) for f in self._flats)
 
     def _flat(self, f: Flat, body: Any, n: int) -> torch.Tensor:
-        parts = self._parts(f, body)
+        parts = self.parts(f, body)
         rows = torch.cat([p[:n].float().flatten(1) for p in parts], 1)
         return rows.to(getattr(torch, f.dtype))
 
-    def _parts(self, f: Flat, body: Any) -> list[torch.Tensor]:
+    def parts(self, f: Flat, body: Any) -> list[torch.Tensor]:
+        """The column's tensors as the model shapes them, of the whole batch last passed."""
         if f.kind == "tokens":
             return list(body) if isinstance(body, list | tuple) else [body]
         if f.kind == "heads":
@@ -103,6 +102,16 @@ def _hooked(points: Sequence[tuple[nn.Module, str, Take]]) -> Iterator[dict[str,
             handle.remove()
 
 
+def _heads(module: Any) -> list[nn.Module]:
+    """The classifier, or both where a second one was distilled; RepViT keeps its two in a head of their own."""
+    for owner in (module, getattr(module, "head", None)):
+        pair = [getattr(owner, name, None) for name in TWO_HEADS.split("+")]
+        if all(isinstance(head, nn.Module) for head in pair):
+            return [head for head in pair if isinstance(head, nn.Module)]
+    head = getattr(module, "head", None)
+    return [head] if isinstance(head, nn.Module) else []
+
+
 # names
 
 
@@ -120,8 +129,9 @@ def _named(module: Any) -> dict[str, tuple[str, Take]]:
     if type(module).__name__ == "PoolingVisionTransformer":
         return _named_of_pit(module)
     blocks, head = getattr(module, "blocks", None), getattr(module, "head", None)
-    one_sequence = isinstance(blocks, nn.Sequential | nn.ModuleList) and isinstance(head, nn.Linear | nn.Identity)
-    if one_sequence and hasattr(module, "patch_embed"):
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not hasattr(module, "patch_embed"):
+        return {}
+    if isinstance(head, nn.Linear | nn.Identity):  # one sequence, pooled before the head: not CrossViT, not Hiera
         points: dict[str, tuple[str, Take]] = {"patch_embedding": ("blocks.0", _argument)}
         return points | {f"block_{k}": (f"blocks.{k}", _output) for k in range(len(blocks))}
     return {}
@@ -162,32 +172,28 @@ def flats(
     module: Any,
     model: str,
     blank: torch.Tensor,
+    body: Any,
     outputs: Sequence[str],
     indices: tuple[int, ...] | None = None,
     names: tuple[str, ...] | None = None,
 ) -> tuple[Flat, ...]:
     """The columns that `outputs` asks for, in order, shaped as the model shapes them for `blank` (1, C, H, W).
 
-    Raises `UsageError` where the model lacks what was asked.
+    `body`: `forward_features(blank)`. Raises `UsageError` where the model lacks what was asked.
     """
     found: list[Flat] = []
     if "tokens" in outputs:
-        body = module.forward_features(blank)
         parts = list(body) if isinstance(body, list | tuple) else [body]
         layouts = tuple(_layout(p, getattr(module, "output_fmt", None)) for p in parts)
         found.append(_flat("tokens", "tokens", "forward_features", [tuple(p.shape[1:]) for p in parts], layouts))
     if "features" in outputs:
-        declared = None
-        if names is None:
-            names, declared = _indices(module, model, blank, indices)
-        maps = _blank_maps(module, model, blank, names, declared)
-        for i, name in enumerate(names):
-            shape, layout = tuple(maps[name].shape[1:]), _layout(maps[name], declared)
-            found.append(_flat("features", f"feature_{i}", name, [shape], (layout,)))
+        maps = _by_index(module, model, blank, indices) if names is None else _by_name(module, model, blank, names)
+        for i, (source, shape, layout) in enumerate(maps):
+            found.append(_flat("features", f"feature_{i}", source, [shape], (layout,)))
     if "heads" in outputs:
-        if not all(isinstance(getattr(module, head, None), nn.Module) for head in HEADS) or not module.num_classes:
+        if len(_heads(module)) < 2 or not module.num_classes:
             raise UsageError(f"--outputs heads: {model} has no second classifier head: choose --outputs classes")
-        found.append(_flat("heads", "heads", TWO_HEADS, [(len(HEADS), module.num_classes)], ("N2C",), "float32"))
+        found.append(_flat("heads", "heads", TWO_HEADS, [(2, module.num_classes)], ("N2C",), "float32"))
     return tuple(found)
 
 
@@ -200,44 +206,42 @@ def _flat(
 def _layout(tensor: torch.Tensor, declared: object = None) -> str:
     """Of a batch. Channels come second in maps, unless the model declares otherwise, and last in sequences."""
     if tensor.ndim == 4:
-        return "NHWC" if str(declared) == "NHWC" else "NCHW"
+        return "NHWC" if str(declared).endswith("NHWC") else "NCHW"
     return {2: "NC", 3: "NLC"}.get(tensor.ndim, "N" + "?" * (tensor.ndim - 1))
 
 
-def _is_index(source: str) -> bool:
-    return source.isdecimal()
+Shaped = tuple[str, tuple[int, ...], str]  # source, shape of a row, layout of a batch
 
 
-def _indices(
-    module: Any, model: str, blank: torch.Tensor, asked: tuple[int, ...] | None
-) -> tuple[tuple[str, ...], str | None]:
-    """Indices from the front, as words: those asked for, else timm's own choice; and the layout that timm gives."""
+def _by_index(module: Any, model: str, blank: torch.Tensor, asked: tuple[int, ...] | None) -> list[Shaped]:
+    """The maps asked for, else timm's own choice, counted from the front, in the layout of `features_only=True`."""
     try:
-        count = len(module.forward_intermediates(blank)[1])
+        maps = module.forward_intermediates(blank)[1]
         with torch.device("meta"):
-            maps = timm.create_model(model, pretrained=False, features_only=True)
+            wrapped = timm.create_model(model, pretrained=False, features_only=True)
     except (AttributeError, RuntimeError, NotImplementedError, TypeError, AssertionError) as e:
         raise UsageError(f"--outputs features: timm has no feature maps of {model}: {e}") from e
-    asked = tuple(maps.feature_info.out_indices) if asked is None else asked
-    for index in asked:
-        if not -count <= index < count:
-            raise UsageError(f"--feature-indices {index}: {model} has feature maps 0 to {count - 1}")
-    layout = str(getattr(maps, "output_fmt", "NCHW"))  # Swin's are NHWC
-    return tuple(str(index % count) for index in asked), layout.rpartition(".")[2]
+    found: list[Shaped] = []
+    for index in tuple(wrapped.feature_info.out_indices) if asked is None else asked:
+        if not -len(maps) <= index < len(maps):
+            raise UsageError(f"--feature-indices {index}: {model} has feature maps 0 to {len(maps) - 1}")
+        tensor = maps[index]
+        layout = _layout(tensor, getattr(wrapped, "output_fmt", None))  # Swin's are NHWC
+        shape = tensor.permute(0, 2, 3, 1).shape if layout == "NHWC" else tensor.shape
+        found.append((str(index % len(maps)), tuple(shape[1:]), layout))
+    return found
 
 
-def _blank_maps(
-    module: Any, model: str, blank: torch.Tensor, sources: tuple[str, ...], declared: str | None
-) -> dict[str, torch.Tensor]:
+def _by_name(module: Any, model: str, blank: torch.Tensor, names: tuple[str, ...]) -> list[Shaped]:
     known = feature_names(module)
-    for source in sources:
-        if not _is_index(source) and source not in known:
-            near = difflib.get_close_matches(source, known, NEAREST) or known[: NEAREST + 1]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, NEAREST) or known[: NEAREST + 1]
             what = f"nearest of its {len(known)}: {', '.join(near)}" if known else "use --feature-indices"
-            raise UsageError(f"--feature-names {source}: {model} has no such name; {what}")
-    wanted = [_flat("features", "", source, [], (declared or "",)) for source in sources]
-    probe = Taps(module, wanted)
-    body = probe.body(blank)
-    if probe.of_the_heads:
-        probe.logits(body)
-    return {f.source: probe._parts(f, body)[0] for f in wanted}
+            raise UsageError(f"--feature-names {name}: {model} has no such name; {what}")
+    wanted = [_flat("features", "", name, [], ()) for name in names]
+    taps = Taps(module, wanted)
+    body = taps.body(blank)
+    taps.logits(body)
+    tensors = {f.source: taps.parts(f, body)[0] for f in wanted}
+    return [(name, tuple(tensors[name].shape[1:]), _layout(tensors[name])) for name in names]

@@ -17,6 +17,7 @@ from pipeline.config import Flat
 
 GROUP_BYTES = 16 * 2**20  # 55 rows of 197x768 float16
 GROUP_ROWS = 8192  # at most, of small rows, as the embeddings have
+PREFIX = "shard2vec."  # of all our key-value metadata
 ARROW_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
 
@@ -32,13 +33,13 @@ def flat_metadata(flats: Sequence[Flat]) -> dict[str, str]:
     shapes = {f.column: f.shapes if several[f.column] else f.shapes[0] for f in flats}
     layouts = {f.column: f.layouts if several[f.column] else f.layouts[0] for f in flats}
     entries = {"shapes": shapes, "layouts": layouts, "sources": {f.column: f.source for f in flats}}
-    return {name: json.dumps(value) for name, value in entries.items()}
+    return {PREFIX + name: json.dumps(value) for name, value in entries.items()}
 
 
 class FlatWriter:
     """Rows of one kind, a batch at a time. What it holds is one row group, in arrays that are filled again."""
 
-    def __init__(self, flats: Sequence[Flat], path: Path):
+    def __init__(self, flats: Sequence[Flat], path: Path, metadata: dict[str, str]):
         self._flats, self._schema = tuple(flats), flat_schema(flats)
         row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in flats)
         self._group = max(1, min(GROUP_ROWS, GROUP_BYTES // row_bytes))
@@ -49,7 +50,7 @@ class FlatWriter:
         split = {f"{f.column}.list.element": "BYTE_STREAM_SPLIT" for f in flats if f.dtype == "float32"}
         self._writer = pq.ParquetWriter(
             path,
-            self._schema,
+            self._schema.with_metadata(metadata | flat_metadata(flats)),
             compression="zstd",
             use_dictionary=False,
             write_page_checksum=True,
@@ -80,6 +81,7 @@ class FlatWriter:
         return self._digest.hexdigest()
 
     def finish(self, metadata: dict[str, str]) -> None:
+        """Closes the file, with what could not be known before added to its metadata."""
         self._write_group()
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()

@@ -192,7 +192,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """An image of `mode` (L, RGB or RGBA) as is; 16-bit, integer and float ones scaled to 8 bits; then `convert(mode)`.
 
     16-bit and integer levels lose their low 8 bits (Pillow would clip them at 255). For L and RGB, alpha is dropped;
-    for RGBA it is opaque where the image has none, which a deep image never has. Raises `Reject` (unsupported).
+    for RGBA it is opaque where the image has none, which a deep image never has. Raises `Reject`.
     """
     if image.mode == "F":
         image = Image.fromarray(float_levels(np.array(image)))

@@ -23,12 +23,11 @@ if TYPE_CHECKING:
     from pipeline.backbone import Arrays
 from pipeline.config import VectorSet
 from pipeline.errors import Reject
-from pipeline.flat_rows import FlatWriter, fixed, flat_metadata
+from pipeline.flat_rows import PREFIX, FlatWriter, fixed
 from pipeline.listing import Shard
 from pipeline.shards import Sample
 
 ROW_GROUP_ROWS = 8192  # 32 MB of 1024-d float32; the contract asks for 4 to 16 thousand
-PREFIX = "shard2vec."
 PACKAGES = ("shard2vec", "torch", "timm", "pillow", "pyarrow", "ray")
 
 REJECTS = pa.schema(
@@ -176,8 +175,12 @@ class ShardWriter:
         stem = Path(scratch) / f"{uuid.uuid4().hex}-{os.getpid()}"
         self._paths = {kind: stem.with_suffix(f".{kind}") for kind in vectors.kinds}
         options = _parquet_options(self._schema)
-        self._writer = pq.ParquetWriter(self._paths["embeddings"], self._schema, **options)
-        self._flats = {kind: FlatWriter(vectors.flats_of(kind), self._paths[kind]) for kind in vectors.kinds[1:-1]}
+        # What is known now goes into the Arrow schema too, where `pq.read_schema` looks; the rest when the file closes.
+        described = self._schema.with_metadata(self._metadata)
+        self._writer = pq.ParquetWriter(self._paths["embeddings"], described, **options)
+        self._flats = {
+            kind: FlatWriter(vectors.flats_of(kind), self._paths[kind], self._metadata) for kind in vectors.kinds[1:-1]
+        }
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -289,13 +292,12 @@ class ShardWriter:
 
     def finish(self, kind: str) -> Path:
         """Writes what is beside the embeddings, rejects, tokens …, and returns its local path."""
-        metadata = self._metadata | {f"{PREFIX}rows_sha256": self.digest(kind)}
+        rows = {f"{PREFIX}rows_sha256": self.digest(kind)}
         if kind == "rejects":
-            table = pa.Table.from_pylist(self._rejects, schema=REJECTS).replace_schema_metadata(metadata)
+            table = pa.Table.from_pylist(self._rejects, schema=REJECTS).replace_schema_metadata(self._metadata | rows)
             pq.write_table(table, self._paths[kind], **_parquet_options(REJECTS))
         else:
-            shaped = flat_metadata(self._vectors.flats_of(kind))
-            self._flats[kind].finish(metadata | {PREFIX + name: value for name, value in shaped.items()})
+            self._flats[kind].finish(rows)
         return self._paths[kind]
 
     @property
@@ -313,7 +315,7 @@ class ShardWriter:
         """Closes the embeddings file, with the shard's counts and the names of its other files in its metadata."""
         self._write_group()
         own = {"counts": json.dumps(vars(self.counts)), "files": json.dumps(beside)}
-        self._writer.add_key_value_metadata(self._metadata | {PREFIX + name: value for name, value in own.items()})
+        self._writer.add_key_value_metadata({PREFIX + name: value for name, value in own.items()})
         self._writer.close()
         return self._paths["embeddings"]
 

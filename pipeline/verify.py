@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError
+from pipeline.flat_rows import PREFIX
 from pipeline.listing import Shard
 from pipeline.output import Root
-from pipeline.rows import PREFIX
 from pipeline.shards import read_keys
 from pipeline.versions import ShardFiles, Version, read_list
 

@@ -18,9 +18,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.flat_rows import PREFIX
 from pipeline.listing import Shard
 from pipeline.output import Root
-from pipeline.rows import PREFIX, Counts, ShardWriter
+from pipeline.rows import Counts, ShardWriter
 from pipeline.storage import digest
 
 KINDS = ("embeddings", "rejects", "tokens", "features", "heads")

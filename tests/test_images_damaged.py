@@ -153,6 +153,8 @@ decoders[0](pictures.encoded(Image.new("1", (10_000, 9_000)), "PNG"))
 odd += [data[:at] + b"\\xff" * 4 + data[at + 4:] for data in odd[:30] for at in (12, 60, len(data) // 2)]
 def run(decode):
     for data in odd:
+        if data[:2] == b"II" and decode is not decoders[1]:
+            continue  # libtiff writes a line in pieces, which two threads would mix
         try:
             decode(data)
         except Reject:
