@@ -6,6 +6,7 @@ key by key. What could only be wrong without a word is refused with a `UsageErro
 """
 
 import sys
+import warnings
 from typing import Any
 
 import timm
@@ -165,7 +166,9 @@ def _filtered(module: nn.Module, state: State) -> State | None:
     if rename is None:
         return None
     try:
-        return dict(rename(dict(state), module))
+        with warnings.catch_warnings():  # of the interpolation's own arithmetic
+            warnings.simplefilter("ignore")
+            return dict(rename(dict(state), module))
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         return None  # not a layout that the filter knows: the plain misfit is the message
 

@@ -8,7 +8,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import timm
 import torch
@@ -40,12 +42,19 @@ LARGE = (
     *("beit_base_patch16_224", "qwen3_vit_88m", "nasnetalarge", "vgg11", "gemma4_vit_167m", "deepseek_vit_412m"),
     *("volo_d1_224",),
 )
+SLOW_ON_META = ("sequencer2d_s",)  # its LSTMs: 23 s there, 3 on the CPU
 
 
 def wrong(name: str, device: str) -> str | None:
     """What differs from timm's own calls, or why the model is refused; None where all is equal."""
+    # On meta a normal distribution has no values, and took a third of the time.
+    unset = (
+        patch("timm.layers.weight_init._trunc_normal_", lambda tensor, *_: tensor)
+        if device == "meta"
+        else nullcontext()
+    )
     try:
-        with torch.device(device), torch.inference_mode():
+        with torch.device(device), torch.inference_mode(), unset:
             return _compared(name, values=device == "cpu")
     except UsageError as e:
         if device == "meta" and "meta tensors" in str(e):  # it reads values off a tensor, which meta has not

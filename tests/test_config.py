@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import made
 import pytest
 
-from pipeline.config import RunConfig
+from pipeline.config import Adapt, Flat, RunConfig
 from pipeline.errors import UsageError
 
 ASKED = {"inputs": ("in/*.tar",), "output": "out", "model": "test_vit"}
@@ -20,9 +20,12 @@ ASKED = {"inputs": ("in/*.tar",), "output": "out", "model": "test_vit"}
         ({"precision": "int8"}, "--precision int8"),
         ({"vector_type": "int8"}, "--vector-type int8"),
         ({"device": "tpu"}, "--device tpu"),
-        ({"outputs": ("tokens",)}, "--outputs tokens is not available yet"),
-        ({"outputs": ("logits",)}, "--outputs logits"),
-        ({"outputs": ("classes",)}, "every row has an embedding"),
+        ({"outputs": ("logits",)}, "--outputs logits: choose one of embedding, classes, tokens, features, heads"),
+        ({"feature_indices": (0, 2)}, "--feature-indices 0,2: add `features` to --outputs"),
+        ({"feature_names": ("logits",), "outputs": ("tokens",)}, "--feature-names logits: add `features`"),
+        ({"feature_names": ("",), "outputs": ("features",)}, "a name is empty"),
+        ({"feature_names": ("a",), "feature_indices": (0,), "outputs": ("features",)}, "choose one of them"),
+        ({"only_metrics": True, "outputs": ("tokens",)}, "--only-metrics keeps no vectors: leave out --outputs tokens"),
         ({"weights": "random"}, "name the seed"),
         ({"weights": "random:x"}, "--weights random:x: the seed must be a whole number"),
         ({"weights": "random:99999999999999999999"}, "--weights random:9999"),
@@ -42,12 +45,28 @@ def test_a_wrong_value_is_refused_by_name(change: dict, message: str) -> None:
         RunConfig(**(ASKED | change))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": (0, 224)}, "--image-size 0x224: must lie in 1 to 16384"),
+        ({"image_size": (224, 99_999)}, "--image-size 224x99999"),
+        ({"in_chans": 0}, "--in-chans 0: must be 1 or more"),
+        ({"num_classes": -1}, "--num-classes -1: must be 0 or more"),
+    ],
+)
+def test_an_impossible_architecture_is_refused_by_name(change: dict, message: str) -> None:
+    """Before a model is built."""
+    with pytest.raises(UsageError, match=message):
+        Adapt(**change)
+
+
 def test_everything_that_changes_a_vector_changes_the_fingerprint() -> None:
     """Each field of a set alone makes another set."""
     base = made.vector_set()
     other = {
         "preprocessing": replace(base.preprocessing, crop_pct=0.5),
         "outputs": ("embedding",),
+        "flats": (Flat(kind="tokens", column="tokens", source="x", shapes=((1, 2),), layouts=("NLC",)),),
         "exif_orientation": False,
         "normalized": True,
     }

@@ -31,6 +31,24 @@ def rows(receipts: list[Receipt], output: Path, columns: list[str] | None = None
     return {row["id"]: row for table in tables for row in table}
 
 
+@pytest.mark.parametrize("model", oracle.OTHERS)
+def test_every_layout_and_head_ends_in_the_right_row(model: str, tmp_path: Path) -> None:
+    """Other families than the seeds': embedding, scores and tokens in the files are timm's own calls'."""
+    images = list(oracle.good_images().values())[:2]
+    write_tar(tmp_path / "in" / "x.tar", {f"{i}.jpg": image for i, image in enumerate(images)})
+    classes = "eva02" not in model
+    outputs = ("embedding", "classes", "tokens") if classes else ("embedding", "tokens")
+    job = made.job(tmp_path / "out", model=model, outputs=outputs, top_k=5 * classes)
+    (receipt,) = made.embed(job, tmp_path / "in")
+    want = oracle.expected(model, images)
+    tables = {k: pq.read_table(tmp_path / "out" / receipt.files.names[k]) for k in ("embeddings", "tokens")}
+    assert oracle.relative(np.array(tables["embeddings"]["embedding"].to_pylist()), want.embedding) < 1e-5
+    assert oracle.relative(np.array(tables["tokens"]["tokens"].to_pylist(), np.float32), want.tokens) < 1e-3
+    if classes:
+        order = np.argsort(-want.scores, axis=1, kind="stable")[:, :5]
+        assert tables["embeddings"]["topk_index"].to_pylist() == order.tolist()
+
+
 def test_every_sample_is_a_row_or_a_reject(shards: Path, tmp_path: Path) -> None:
     """Rows carry timm's vectors, labels and sizes; each broken sample is one reject with its reason."""
     receipts = made.embed(made.job(tmp_path), shards)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from containers import write_folder, write_parquet, write_tar
 from pictures import jpeg
+from test_weights import save_local_dir
 
 from pipeline import versions
 from pipeline.config import RunConfig
@@ -22,6 +23,7 @@ from pipeline.listing import list_shards
 from pipeline.output import Root
 from pipeline.progress import is_alive, read_notes
 from pipeline.run import COMMITTED, FAILED, REFUSED, STALLED, Result, embed
+from pipeline.shards import read_samples
 from pipeline.verify import verify
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -225,6 +227,55 @@ def test_a_model_without_classes_and_labels_of_ones_own(tmp_path: Path) -> None:
     assert result.exit_code == COMMITTED
     (row,) = rows(tmp_path / "bare").values()
     assert len(row["embedding"]) == 192 and "topk_index" not in row
+
+
+def top_hits(shards: Path) -> tuple[int, int, int]:
+    """(labelled, first, among five) of the shared shards, by timm in a plain loop."""
+    images = oracle.images_by_id(shards)
+    labels = {f"{s.name}/{x.id_key}": x.label for s in list_shards([str(shards)]) for x in read_samples(s)}
+    order = np.argsort(-oracle.expected("test_vit", list(images.values())).scores, axis=1, kind="stable")[:, :5]
+    hits = [(o.tolist(), labels[i]) for o, i in zip(order, images, strict=True) if labels[i] is not None]
+    return len(hits), sum(o[0] == label for o, label in hits), sum(label in o for o, label in hits)
+
+
+def test_metrics_without_vectors(shards: Path, tmp_path: Path) -> None:
+    """Accuracy against the shards' labels, as timm's plain loop has it; rows keep classes and labels, no embedding.
+
+    Beside vectors, metrics make no version: readers keep what they had.
+    """
+    work = tmp_path / "in"
+    shutil.copytree(shards, work)
+    best = np.argsort(-oracle.expected("test_vit", [jpeg(seed=9)]).scores[0])
+    likely = {f"{i}.{kind}": data for i in range(4) for kind, data in (("jpg", jpeg(seed=9)), ("cls", b"%d" % best[i]))}
+    write_tar(work / "likely.tar", likely | {"4.jpg": jpeg(seed=9), "4.cls": b"-1"})
+    result = run(config(work, tmp_path / "metrics", only_metrics=True))
+    labelled, first, five = top_hits(shards)
+    assert (result.exit_code, result.json["version"], result.json["labelled"]) == (COMMITTED, 1, labelled + 4)
+    assert result.json["top1"] == pytest.approx((first + 1) / (labelled + 4))
+    assert result.json["top5"] == pytest.approx((five + 4) / (labelled + 4))
+    assert read_notes(Root(str(tmp_path / "metrics")))[0].result["top1"] == result.json["top1"]
+    row = next(iter(rows(tmp_path / "metrics").values()))
+    assert "embedding" not in row and len(row["topk_index"]) == 5 and row["norm"] > 0
+    root = Root(str(tmp_path / "metrics"))
+    assert verify(root, versions.current(root), list_shards([str(work)])).clean
+    vectors = run(config(work, tmp_path / "metrics")).json
+    assert vectors["version"] == 2 and vectors["set"] != result.json["set"] and vectors["top1"] == result.json["top1"]
+    again = run(config(work, tmp_path / "metrics", only_metrics=True))
+    assert (again.exit_code, again.json["version"], again.json["top1"]) == (COMMITTED, None, result.json["top1"])
+    assert versions.current(root).set == vectors["set"]
+
+
+def test_classes_of_ones_own(tmp_path: Path) -> None:
+    """A folder that timm saved: its seven classes, its names, all seven where ten were asked for."""
+    write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg(), "a.cls": b"3"})
+    name = f"local-dir:{save_local_dir(tmp_path / 'm', 7, 7)}"
+    result = run(config(tmp_path / "in", tmp_path / "out", model=name, weights="pretrained", top_k=10))
+    assert result.exit_code == COMMITTED and result.json["top5"] in (0.0, 1.0)
+    (row,) = rows(tmp_path / "out").values()
+    assert sorted(row["topk_index"]) == list(range(7)) and sum(row["topk_score"]) == pytest.approx(1)
+    assert row["topk_label"] == [f"n{i}" for i in row["topk_index"]]
+    metadata = pq.read_schema(versions.files(str(tmp_path / "out"))[0]).metadata
+    assert metadata[b"shard2vec.labels"] == b"model"
 
 
 def test_an_empty_shard_is_done_when_it_has_nothing(tmp_path: Path) -> None:
