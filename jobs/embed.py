@@ -22,17 +22,13 @@ def embed(
     outputs: Annotated[
         str | None, typer.Option(help="Of embedding,classes,tokens,features,heads [embedding,classes]")
     ] = None,
-    feature_indices: Annotated[
-        str | None, typer.Option(help="Feature maps, as 0,2: out_indices of timm")
-    ] = None,
+    feature_indices: Annotated[str | None, typer.Option(help="Feature maps, as 0,2: out_indices of timm")] = None,
     feature_names: Annotated[str | None, typer.Option(help="Features by name, as stage_1/block_2,features_all")] = None,
     top_k: Annotated[int, typer.Option(help="Classes a row")] = 5,
     labels: Annotated[str | None, typer.Option(help="Class names, one a line [the model's, else ImageNet's]")] = None,
     only_metrics: Annotated[bool, typer.Option("--only-metrics", help="Classes and accuracy, no vectors")] = False,
     image_size: Annotated[str | None, typer.Option(help="H or HxW [the model's own]")] = None,
-    in_chans: Annotated[
-        int | None, typer.Option(help="Channels: 1 grey, 3 RGB, 4 RGBA [the model's own]")
-    ] = None,
+    in_chans: Annotated[int | None, typer.Option(help="Channels: 1 grey, 3 RGB, 4 RGBA [the model's own]")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes of the head; 0 drops it [the weights' own]")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto: bf16 where the hardware has it")] = "auto",
     engine: Annotated[str, typer.Option(help="eager")] = "eager",

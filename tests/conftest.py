@@ -39,6 +39,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def memory() -> Iterator[str]:
+    """The URL of an empty store in this process's memory."""
+    clear_memory()
+    yield "memory://store"
+    clear_memory()
+
+
+@pytest.fixture
 def flaky() -> Iterator[type[FlakyStore]]:
     """`FlakyStore`, empty and without faults; retries wait for nothing."""
     fsspec.register_implementation("flaky", FlakyStore, clobber=True)
