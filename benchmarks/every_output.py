@@ -64,46 +64,51 @@ def expected(model: str, photos: Path, names: tuple[str, ...]) -> dict[str, dict
 
 @torch.inference_mode()
 def passed(net: Any, x: torch.Tensor, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """timm's separate calls, a pass each; what lies inside by hooks on the modules."""
+    seen: dict[str, Any] = {}
+    places = {name: module for name in names if (module := place(net, name)) is not None}
+    handles = [m.register_forward_hook(lambda _, *both, n=n: seen.update({n: both})) for n, m in places.items()]
     body = net.forward_features(x)
+    for handle in handles:
+        handle.remove()
     out = {"embedding": net.forward_head(body, pre_logits=True), "topk_score": net(x).softmax(1).topk(5).values}
     out["tokens"] = body.half()
-    indices = {len(getattr(net, "transformers", ())) or len(net.blocks)}.pop()
-    maps = net.forward_intermediates(x, indices=list(range(max(0, indices - 3), indices)))[1]
+    count = len(getattr(net, "transformers", ())) or len(net.blocks)
+    maps = net.forward_intermediates(x, indices=list(range(max(0, count - 3), count)))[1]
     out |= {f"feature_{i}": m.half() for i, m in enumerate(maps)}
-    if getattr(net, "head_dist", None) is not None:
-        out["heads"] = torch.stack([net.head(body[:, 0]), net.head_dist(body[:, 1])], 1)
-    return out | {f"name {name}": layer(net, x, name, body).half() for name in names}
-
-
-def layer(net: Any, x: torch.Tensor, name: str, body: torch.Tensor) -> torch.Tensor:
-    """One layer's output, by a hook of its own and a pass of its own."""
     two = getattr(net, "head_dist", None) is not None
-    if name == "logits":
-        return torch.stack([net.head(body[:, 0]), net.head_dist(body[:, 1])], 1) if two else net(x)
-    if name == "features":
-        return body if two else net.forward_head(body, pre_logits=True)
-    is_pit = hasattr(net, "transformers")
-    if name == "features_all" and not is_pit:
-        return body
+    if two:
+        out["heads"] = torch.stack([net.head(body[:, 0]), net.head_dist(body[:, 1])], 1)
+    ends = {
+        "logits": out["heads"] if two else net.forward_head(body),
+        "features": body if two else out["embedding"],
+        "features_all": body,
+    }
+    for name in names:
+        if name not in places:
+            out[f"name {name}"] = ends[name].half()
+            continue
+        args, output = seen[name]
+        value = args[0] if name == "patch_embedding" else output
+        if isinstance(value, tuple):  # PiT's grid and class tokens
+            value = torch.cat([value[1], value[0].flatten(2).transpose(1, 2)], 1)
+        out[f"name {name}"] = value.half()
+    return out
+
+
+def place(net: Any, name: str) -> Any:
+    """The module that computes, or for `patch_embedding` takes, what tfimm calls so; None for the ends."""
+    stages = getattr(net, "transformers", None)
     if name == "patch_embedding":
-        module = net.transformers[0] if is_pit else net.blocks[0]
-    elif name == "features_all":
-        module = net.transformers[-1].blocks[-1]
-    elif name.endswith("/pool"):
-        module = net.transformers[int(name[6]) + 1].pool
-    else:
+        return net.blocks[0] if stages is None else stages[0]
+    if name == "features_all":
+        return None if stages is None else stages[-1].blocks[-1]
+    if name.endswith("/pool"):
+        return stages[int(name[6]) + 1].pool
+    if "block_" in name:
         stage, _, block = name.rpartition("block_")
-        module = (net.transformers[int(stage[6])].blocks if is_pit else net.blocks)[int(block)]
-    seen: list[Any] = []
-    handle = module.register_forward_hook(lambda _, args, output: seen.append((args, output)))
-    net.forward_features(x)
-    handle.remove()
-    args, output = seen[0]
-    value = args[0] if name == "patch_embedding" else output
-    if isinstance(value, tuple):
-        grid, tokens = value
-        return torch.cat([tokens, grid.flatten(2).transpose(1, 2)], 1)
-    return value
+        return (net.blocks if stages is None else stages[int(stage[6])].blocks)[int(block)]
+    return None
 
 
 def embedded(model: str, photos: Path, output: Path, outputs: str, *flags: str) -> float:

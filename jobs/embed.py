@@ -1,5 +1,6 @@
 """`embed`: the main job. The same command again resumes, and again later embeds only what changed."""
 
+import re
 from typing import Annotated
 
 import typer
@@ -20,7 +21,7 @@ def embed(
     uri_column: Annotated[str | None, typer.Option(help="Parquet: image URLs to fetch [found]")] = None,
     weights: Annotated[str, typer.Option(help="pretrained, random:SEED, or a .safetensors/.pth URL")] = "pretrained",
     outputs: Annotated[
-        str | None, typer.Option(help="Of embedding,classes,tokens,features,heads [embedding,classes]")
+        str | None, typer.Option(help="Beside the embedding: classes,tokens,features,heads [embedding,classes]")
     ] = None,
     feature_indices: Annotated[str | None, typer.Option(help="Feature maps, as 0,2: out_indices of timm")] = None,
     feature_names: Annotated[str | None, typer.Option(help="Features by name, as stage_1/block_2,features_all")] = None,
@@ -129,10 +130,10 @@ def _indices(text: str | None) -> tuple[int, ...] | None:
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and (width.isdecimal() or "x" not in text.lower())):
+    sides = re.fullmatch(r"([0-9]+)(?:[xX,]([0-9]+))?", text.strip())  # a job file's list comes with a comma
+    if sides is None:
         raise UsageError(f"--image-size {text}: must be H or HxW, as in 320 or 256x384")
-    return int(height), int(width or height)
+    return int(sides[1]), int(sides[2] or sides[1])
 
 
 def _batch_size(text: str) -> int | None:

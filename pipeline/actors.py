@@ -159,7 +159,7 @@ class EmbedShards:
             classes=bool(vectors.top_k),
             top_k=vectors.top_k,
             batch_size=job.batch_size,
-            flats=vectors.flats,
+            tensors=vectors.tensors,
         )
         self._embedder = Embedder(job, backbone)
         self._board, self._name = board, worker_name()

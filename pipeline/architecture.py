@@ -33,7 +33,7 @@ def build(model: str, adapt: Adapt = OWN) -> nn.Module:
             module = timm.create_model(model, pretrained=False, **settings).eval()
         else:
             module = _build_for_size(model, adapt.image_size, settings)
-    except (RuntimeError, ValueError, OSError, TypeError, AssertionError, NotImplementedError) as e:
+    except Exception as e:  # whatever a constructor raises for what it cannot be: ZeroDivisionError, AssertionError …
         raise UsageError(f"model {model} cannot be built{_asked(adapt)}: {line(e)}") from e
     cfg = dict(module.pretrained_cfg)
     channels, *size = cfg["input_size"]
@@ -54,7 +54,8 @@ def _build_for_size(model: str, size: tuple[int, int], settings: dict[str, Any])
 
 
 def _asked(adapt: Adapt) -> str:
-    wanted = {"image size": adapt.image_size, "input channels": adapt.in_chans, "classes": adapt.num_classes}
+    size = adapt.image_size and "x".join(map(str, adapt.image_size))
+    wanted = {"image size": size, "input channels": adapt.in_chans, "classes": adapt.num_classes}
     asked = ", ".join(f"{name} {value}" for name, value in wanted.items() if value is not None)
     return f" with {asked}" if asked else ""
 
@@ -81,15 +82,52 @@ def _check_size(module: nn.Module, model: str, size: tuple[int, int]) -> None:
 def load_strictly(module: nn.Module, state: State, what: str, model: str, adapt: Adapt = OWN) -> None:
     """Loads `state`, adapted to the module that `build(model, adapt)` gave. Raises `UsageError` naming what misfits."""
     fitted = _adapted(module, state, model, adapt)
-    problem = _misfit(module, fitted)
-    if problem:
+    problem, stuck = _misfit(module, fitted), _stuck(module, state, fitted, model, adapt)
+    if problem or stuck:
         # Weights in their authors' own layout, or tables of relative positions for another size: the architecture's
         # own filter renames and resizes them, as timm does for `pretrained`.
         filtered = _filtered(module, fitted)
-        fitted = {} if filtered is None else _adapted(module, filtered, model, adapt)
+        before, fitted = fitted, _adapted(module, fitted if filtered is None else filtered, model, adapt)
         if _misfit(module, fitted):
-            raise UsageError(f"{what} do not fit {type(module).__name__}{_asked(adapt)}: {problem}")
+            if problem:
+                raise UsageError(f"{what} do not fit {type(module).__name__}{_asked(adapt)}: {problem}")
+            fitted = before
+        resized = [k for k in fitted if k in before and fitted[k].numel() != before[k].numel()]
+        if resized and adapt.image_size is None:
+            raise UsageError(f"{what} do not fit {type(module).__name__}: {problem}; were they made for --image-size?")
+        unmoved = [key for key in stuck if torch.equal(fitted[key], before[key]) and fitted[key].unique().numel() > 1]
+        if unmoved:
+            raise UsageError(
+                f"{what} cannot be used{_asked(adapt)}: {unmoved[0]} belongs to {model}'s own grid of patches, "
+                "and timm has no way to rearrange it"
+            )
     module.load_state_dict(fitted, strict=True)
+
+
+def _stuck(module: nn.Module, state: State, fitted: State, model: str, adapt: Adapt) -> list[str]:
+    """Weights that belong to a grid of patches and were not adapted to another one, though their shape fits.
+
+    A grid of 7x28 has as many patches as one of 14x14: what is made for the one loads into the other, and is wrong.
+    """
+    if adapt.image_size is None:
+        return []
+    with torch.device("meta"):
+        own = build(model)
+        height, width = own.pretrained_cfg["input_size"][1:]  # type: ignore[index]
+        if adapt.image_size == (height, width):
+            return []
+        try:
+            twice = build(model, Adapt(image_size=(2 * height, 2 * width))).state_dict()
+        except UsageError:  # it cannot be built at another size, so it was not
+            return []
+    by_size = [key for key, weight in own.state_dict().items() if twice[key].shape != weight.shape]
+    shapes = {key: weight.shape for key, weight in module.state_dict().items()}
+    mine = own.state_dict()
+    return [
+        key
+        for key in by_size
+        if key in fitted and fitted[key] is state.get(key) and shapes[key] == fitted[key].shape == mine[key].shape
+    ]
 
 
 def _adapted(module: nn.Module, state: State, model: str, adapt: Adapt) -> State:
@@ -158,7 +196,9 @@ def _misfit(module: nn.Module, state: State) -> str:
         if state[k].shape != own[k].shape
     ]
     found = (("missing keys", missing), ("unexpected keys", extra), ("other shapes", shapes))
-    return "; ".join(f"{name}: {_some(keys)}" for name, keys in found if keys)
+    problem = "; ".join(f"{name}: {_some(keys)}" for name, keys in found if keys)
+    headless = missing and all(key.startswith(classifiers(module)) for key in missing)
+    return problem + (" (--num-classes 0 leaves the head out)" if headless else "")
 
 
 def _filtered(module: nn.Module, state: State) -> State | None:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
-from pipeline.config import Adapt, Flat
+from pipeline.config import Adapt, TensorColumn
 from pipeline.errors import StorageError, UsageError
-from pipeline.features import Taps, flats
+from pipeline.features import Taps, tensor_columns
 from pipeline.images import Preprocessing
 from pipeline.storage import read_bytes, redact
 
-CPU_BATCH = 32  # pit_ti in bf16 on two cores: 81, 85, 88 images/s with 16, 32, 64; the middle spares memory
+CPU_BATCH = 32  # pit_ti in bf16 on two cores: 81, 85, 88 images/s with 16, 32, 64; the middle spares memory …
+CPU_BATCH_PIXELS = CPU_BATCH * 384 * 384  # … and fewer of larger images
 CUDA_BATCHES = (64, 128, 256, 512)
 WORTH_DOUBLING = 1.05  # a larger batch is taken while it gives at least 5 % more images/s
 TRUE_TOP = 5  # accuracy is counted at 1 and at 5, whatever --top-k says
@@ -35,7 +36,7 @@ class Vectors(NamedTuple):
     norm: torch.Tensor  # float32 (n,): Euclidean, before any normalisation
     topk_index: torch.Tensor | None  # int64 (n, max(k, TRUE_TOP) or fewer): by score, equal scores by index
     topk_score: torch.Tensor | None  # float32, the same shape: probabilities
-    flats: tuple[torch.Tensor, ...] = ()  # (n, size) for each `Flat`, of its dtype
+    tensors: tuple[torch.Tensor, ...] = ()  # (n, size) for each `TensorColumn`, of its dtype
 
     def to_numpy(self) -> "Arrays":
         """Waits for the device."""
@@ -45,7 +46,7 @@ class Vectors(NamedTuple):
             self.norm.cpu().numpy(),
             None if index is None else index.cpu().numpy(),
             None if score is None else score.cpu().numpy(),
-            tuple(flat.cpu().numpy() for flat in self.flats),
+            tuple(tensor.cpu().numpy() for tensor in self.tensors),
         )
 
 
@@ -56,7 +57,7 @@ class Arrays(NamedTuple):
     norm: np.ndarray
     topk_index: np.ndarray | None
     topk_score: np.ndarray | None
-    flats: tuple[np.ndarray, ...] = ()
+    tensors: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Facts:
     pooling: str
     label_names: tuple[str, ...]  # empty where unknown
     labels_source: str  # model, imagenet or none
-    flats: tuple[Flat, ...] = ()  # the columns beside the embedding that were asked for
+    tensors: tuple[TensorColumn, ...] = ()  # the columns beside the embedding that were asked for
 
 
 def preprocessing_of(module: torch.nn.Module) -> Preprocessing:
@@ -85,7 +86,7 @@ def facts_of(
 ) -> Facts:
     """Runs one blank image through the model on the CPU. Raises `UsageError` where it takes no plain image batch.
 
-    `outputs`: of tokens, features and heads, whose columns `Facts.flats` then tells.
+    `outputs`: of tokens, features and heads, whose columns `Facts.tensors` then tells.
     """
     preprocessing = preprocessing_of(module)
     blank = torch.zeros(1, *preprocessing.input_size)
@@ -94,7 +95,7 @@ def facts_of(
             body = module.forward_features(blank)  # type: ignore[operator]
             embedding = module.forward_head(body, pre_logits=True)  # type: ignore[operator]
             logits = module.forward_head(body)  # type: ignore[operator]
-    except (RuntimeError, TypeError, AttributeError, ValueError, AssertionError, KeyError, IndexError) as e:
+    except Exception as e:  # whatever a model raises for images that it cannot take
         size = "x".join(map(str, preprocessing.input_size))
         raise UsageError(f"model {model} takes no plain batch of {size} images: {type(e).__name__}: {e}") from e
     if not isinstance(embedding, torch.Tensor) or embedding.flatten(1).shape[0] != 1:
@@ -104,7 +105,7 @@ def facts_of(
         raise UsageError(f"model {model} gives logits {tuple(logits.shape)} for its {classes} classes")
     names, source = _label_names(module, classes)
     with torch.inference_mode():
-        columns = flats(module, model, blank, body, outputs, feature_indices, feature_names)
+        columns = tensor_columns(module, model, blank, body, outputs, feature_indices, feature_names)
     dim = embedding.flatten(1).shape[1]
     return Facts(preprocessing, dim, classes, _pooling(module), names, source, columns)
 
@@ -163,8 +164,9 @@ def resolve_precision(precision: str, device: str) -> str:
 class Backbone:
     """One model on one device. Calls from several threads wait for each other: what hooks see belongs to one pass.
 
-    `batch_size` None: found by timing on CUDA, 32 on the CPU. A CUDA out-of-memory halves it for good.
-    `pad`: fill short batches up to it; by default on CUDA. `flats`: the columns to give beside the embedding.
+    `batch_size` None: found by timing on CUDA, 32 on the CPU (fewer of images above 384x384). A CUDA out-of-memory
+    halves it for good. `pad`: fill short batches up to it; by default on CUDA. `tensors`: the columns to give beside
+    the embedding.
     """
 
     def __init__(
@@ -177,19 +179,20 @@ class Backbone:
         top_k: int = TRUE_TOP,
         batch_size: int | None = None,
         pad: bool | None = None,
-        flats: Sequence[Flat] = (),
+        tensors: Sequence[TensorColumn] = (),
     ):
         self.preprocessing = preprocessing_of(module)
         self.device = torch.device(device)
         self._module = module.eval().to(self.device)
         self._dtype = DTYPES.get(precision)
-        self._taps = Taps(self._module, flats)
+        self._taps = Taps(self._module, tensors)
         self._one_pass = threading.Lock()
         self._top = max(top_k, TRUE_TOP) if classes else 0
         self._mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, -1, 1, 1)
         self._std = torch.tensor(self.preprocessing.std, device=self.device).view(1, -1, 1, 1)
         self._pad = self.device.type == "cuda" if pad is None else pad
-        self.batch_size = batch_size or CPU_BATCH
+        _, height, width = self.preprocessing.input_size
+        self.batch_size = batch_size or max(1, min(CPU_BATCH, CPU_BATCH_PIXELS // (height * width)))
         if batch_size is None and self.device.type == "cuda":
             self.batch_size = best_batch_size(self._images_per_s)
 
@@ -229,9 +232,9 @@ class Backbone:
         embedding = self._module.forward_head(body, pre_logits=True).flatten(1)[:n]  # type: ignore[operator]
         norm = torch.linalg.vector_norm(embedding, dim=1)
         if not self._top and not self._taps.of_the_heads:
-            return Vectors(embedding, norm, None, None, self._taps.flat(body, n))
+            return Vectors(embedding, norm, None, None, self._taps.columns(body, n))
         logits = self._taps.logits(body)[:n]
-        columns = self._taps.flat(body, n)
+        columns = self._taps.columns(body, n)
         if not self._top:
             return Vectors(embedding, norm, None, None, columns)
         # torch.topk leaves the order of equal scores open; a stable sort gives them by index.
@@ -288,7 +291,7 @@ def _joined(parts: list[Vectors]) -> Vectors:
         torch.cat([p.norm for p in parts]),
         torch.cat(index) if index else None,
         torch.cat(score) if score else None,
-        tuple(torch.cat(columns) for columns in zip(*(p.flats for p in parts), strict=True)),
+        tuple(torch.cat(columns) for columns in zip(*(p.tensors for p in parts), strict=True)),
     )
 
 

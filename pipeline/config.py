@@ -17,7 +17,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 VECTOR_TYPES = ("float32", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_BATCH = 4096  # half a row group, and more than any device gains from
-MAX_SIDE = 16_384  # of an input image: a square one of float32 is 3 GB
+MAX_INPUT_PIXELS = 2048 * 2048  # of a model's input: 16,384 patches of 16x16, each looking at each
 MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
@@ -30,14 +30,16 @@ class Adapt:
     num_classes: int | None = None  # 0: without its classifier
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and not all(0 < side <= MAX_SIDE for side in self.image_size):
-            raise UsageError(f"--image-size {'x'.join(map(str, self.image_size))}: must lie in 1 to {MAX_SIDE}")
+        if self.image_size is not None and not 0 < math.prod(self.image_size) <= MAX_INPUT_PIXELS:
+            raise UsageError(
+                f"--image-size {'x'.join(map(str, self.image_size))}: must have 1 to {MAX_INPUT_PIXELS} pixels"
+            )
         _at_least("--in-chans", self.in_chans, 1)
         _at_least("--num-classes", self.num_classes, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flat:
+class TensorColumn:
     """A column that holds one tensor of each row, or several one after the other, as a flat fixed-size list."""
 
     kind: str  # the file that it lies in: tokens, features or heads
@@ -117,6 +119,8 @@ class RunConfig:
             _one_of("--outputs", output, OUTPUTS)
         if self.only_metrics and self.outputs is not None:
             raise UsageError(f"--only-metrics keeps no vectors: leave out --outputs {','.join(self.outputs)}")
+        if self.only_metrics and (self.normalize or self.vector_type != "float32"):
+            raise UsageError("--only-metrics keeps no vectors: leave out --normalize and --vector-type")
         for flag, value in (("--feature-indices", self.feature_indices), ("--feature-names", self.feature_names)):
             if value is not None and "features" not in (self.outputs or ()):
                 raise UsageError(f"{flag} {','.join(map(str, value))}: add `features` to --outputs")
@@ -141,6 +145,7 @@ class VectorSet:
     """Everything that changes a vector or its row, resolved: equal sets may be mixed, others never are."""
 
     model: str
+    architecture: str  # timm's name, and of local-dir: and hf-hub: what their configuration builds it with
     weights_sha256: str
     preprocessing: Preprocessing
     exif_orientation: bool
@@ -148,7 +153,7 @@ class VectorSet:
     engine: str
     decode: str
     outputs: tuple[str, ...]
-    flats: tuple[Flat, ...]  # tokens, feature maps and heads, where they are kept
+    tensors: tuple[TensorColumn, ...]  # tokens, feature maps and heads, where they are kept
     pooling: str
     dim: int  # of the embedding
     classes: int  # 0: the model has no classifier
@@ -177,10 +182,10 @@ class VectorSet:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of files that each shard becomes, the embeddings last: they commit it."""
-        return ("rejects", *dict.fromkeys(f.kind for f in self.flats), "embeddings")
+        return ("rejects", *dict.fromkeys(f.kind for f in self.tensors), "embeddings")
 
-    def flats_of(self, kind: str) -> tuple[Flat, ...]:
-        return tuple(f for f in self.flats if f.kind == kind)
+    def columns_of(self, kind: str) -> tuple[TensorColumn, ...]:
+        return tuple(f for f in self.tensors if f.kind == kind)
 
     @property
     def folder(self) -> str:

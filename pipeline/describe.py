@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import UsageError
+from pipeline.features import heads_of
 
 Result = TypeVar("Result")
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ PARAMS_DIGITS, GMACS_DIGITS, ACTIVATIONS_DIGITS = 3, 3, 2
 # The matrix products, and which argument their left operand is; the right one follows it.
 LEFT_OPERAND = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
 
-TWO_HEADS = (
+HEADS_NOTE = (
     "This model has two heads: the embedding is the mean of what enters them, the classes come from the mean of what "
     "leaves them; --outputs heads keeps both."
 )
@@ -142,7 +143,10 @@ def _card(model_name: str) -> tuple[dict[str, Any], list[str]]:
         "classes": model.num_classes,
         "tokens": _shape(tokens),
     }
-    return card, [*_attention_note(every, weighted), *([TWO_HEADS] if _has_two_heads(model) else [])]
+    return card, [
+        *_attention_note(every, weighted),
+        *([HEADS_NOTE] if len(heads_of(model)) > 1 and model.num_classes else []),
+    ]
 
 
 def _resize(config: dict[str, Any]) -> int | list[int]:
@@ -172,11 +176,6 @@ def _feature_shapes(model_name: str, input_size: list[int]) -> list[list[int]]:
     shapes = [list(fmap.shape[1:]) for fmap in model(torch.zeros(1, *input_size))]
     channels = model.feature_info.channels()  # Swin, MambaOut and Sequencer give their maps as [H, W, C]
     return [shape if shape[0] == count else [count, *shape[:-1]] for shape, count in zip(shapes, channels, strict=True)]
-
-
-def _has_two_heads(model: torch.nn.Module) -> bool:
-    """Distilled PiT and DeiT, LeViT, EfficientFormer, SwiftFormer: timm's forward gives the mean of both."""
-    return bool(model.num_classes) and getattr(model, "head_dist", None) is not None
 
 
 class _Cost(NamedTuple):

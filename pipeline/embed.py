@@ -6,6 +6,7 @@ Reader and decoders run ahead over the ends of shards, bounded in images and in 
 between two shards. A batch never mixes shards: a row's vector depends on its own shard alone, whatever ran before.
 """
 
+import math
 import os
 import platform
 import queue
@@ -30,7 +31,8 @@ from pipeline.shards import Sample, fetch, read_samples
 from pipeline.storage import is_local, is_unchanged, resolve
 from pipeline.versions import ShardFiles, publish, published
 
-LOOKAHEAD_BATCHES = 2  # decoded images that wait: one batch being filled, one ready
+LOOKAHEAD_BATCHES = 2  # decoded images that wait: one batch being filled, one ready …
+DECODED_BYTES = 256 * 2**20  # … and fewer of large ones
 LOOKAHEAD_BYTES = 256 * 2**20  # encoded images between reader and decoders, one larger than that allowed alone
 FETCHED_BYTES = 4 * 2**20  # what an image behind a URL is taken to weigh before it is there
 FETCHERS = 16  # URL columns: requests under way at once, latency is all they cost
@@ -126,7 +128,8 @@ class Embedder:
     def __call__(self, shards: Iterable[Shard]) -> Iterator[Receipt]:
         """One receipt a shard, in order, as each is published. Raises what is nobody's fault but ours."""
         flow = Flow()
-        ahead = LOOKAHEAD_BATCHES * self.backbone.batch_size
+        image_bytes = math.prod(self.backbone.preprocessing.input_size)
+        ahead = max(1, min(LOOKAHEAD_BATCHES * self.backbone.batch_size, DECODED_BYTES // image_bytes))
         feed: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         to_write: queue.Queue[Any] = queue.Queue(maxsize=self._writes_waiting())
         receipts: queue.Queue[Receipt] = queue.Queue()
@@ -151,7 +154,7 @@ class Embedder:
                 writer.join()
 
     def _writes_waiting(self) -> int:
-        row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in self.job.vectors.flats)
+        row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in self.job.vectors.tensors)
         return max(1, min(WRITES_WAITING, WAITING_BYTES // max(1, row_bytes * self.backbone.batch_size)))
 
     # reader thread

@@ -1,21 +1,22 @@
 """What a model gives beside its embedding, out of the same forward pass: tokens, feature maps, the logits of two heads.
 
-`flats` says, before a run, which columns come of what was asked and how each row's tensors are shaped. `Taps` takes
-them from a batch. Feature maps go by timm's index (those of `features_only=True`) or by the names that tfimm gives
-them: `patch_embedding`, `stage_1/block_2`, `stage_1/pool` of PiT, `block_7` of ViT, BEiT, ConViT and their like,
+`tensor_columns` says, before a run, which columns come of what was asked and how each row's tensors are shaped. `Taps`
+takes them from a batch. Feature maps go by timm's index (those of `features_only=True`) or by the names that tfimm
+gives them: `patch_embedding`, `stage_1/block_2`, `stage_1/pool` of PiT, `block_7` of ViT, BEiT, ConViT and their like,
 `features_all`, `features`, `logits`.
 """
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
-from pipeline.config import Flat
+from pipeline.config import TensorColumn
 from pipeline.errors import UsageError
 
 Take = Callable[[tuple[Any, ...], Any], torch.Tensor]  # of a module's arguments and its output
@@ -25,16 +26,16 @@ OF_THE_HEADS = ("features", "logits")  # tfimm's names of what the classifier ta
 
 
 class Taps:
-    """Takes the columns of `flats` from forward passes of one module, from one thread at a time."""
+    """Takes the columns of `tensor_columns` from forward passes of one module, from one thread at a time."""
 
-    def __init__(self, module: nn.Module, flats: Sequence[Flat]):
+    def __init__(self, module: nn.Module, tensor_columns: Sequence[TensorColumn]):
         self._module: Any = module
-        self._flats = tuple(flats)
-        sources = [f.source for f in flats if f.kind == "features"]
+        self._columns = tuple(tensor_columns)
+        sources = [f.source for f in tensor_columns if f.kind == "features"]
         self._indices = sorted({int(s) for s in sources if s.isdecimal()})
         self._hooks = {s: point for s, point in _named(module).items() if s in sources}
-        self.of_the_heads = any(f.source in (*OF_THE_HEADS, TWO_HEADS) for f in self._flats)  # `logits` must be called
-        self._heads = _heads(module)
+        self.of_the_heads = any(f.source in (*OF_THE_HEADS, TWO_HEADS) for f in self._columns)
+        self._heads = heads_of(module)
         self._caught: dict[str, Any] = {}
 
     def body(self, x: torch.Tensor) -> Any:
@@ -43,7 +44,7 @@ class Taps:
         if self._indices:
             # Maps come in the order of depth, each once, whatever order they are asked in.
             body, maps = self._module.forward_intermediates(x, indices=self._indices)
-            layouts = {f.source: f.layouts for f in self._flats}
+            layouts = {f.source: f.layouts for f in self._columns}
             for index, tensor in zip(map(str, self._indices), maps, strict=True):
                 self._caught[index] = tensor.permute(0, 2, 3, 1) if layouts[index] == ("NHWC",) else tensor
             return body
@@ -65,16 +66,16 @@ class Taps:
                 self._caught[name] = torch.stack(parts, 1) if len(parts) > 1 else parts[0]
         return logits
 
-    def flat(self, body: Any, n: int) -> tuple[torch.Tensor, ...]:
+    def columns(self, body: Any, n: int) -> tuple[torch.Tensor, ...]:
         """A tensor (n, size) for each column, of its dtype, from the first n images of the batch last passed."""
-        return tuple(self._flat(f, body, n) for f in self._flats)
+        return tuple(self._column(f, body, n) for f in self._columns)
 
-    def _flat(self, f: Flat, body: Any, n: int) -> torch.Tensor:
+    def _column(self, f: TensorColumn, body: Any, n: int) -> torch.Tensor:
         parts = self.parts(f, body)
         rows = torch.cat([p[:n].float().flatten(1) for p in parts], 1)
         return rows.to(getattr(torch, f.dtype))
 
-    def parts(self, f: Flat, body: Any) -> list[torch.Tensor]:
+    def parts(self, f: TensorColumn, body: Any) -> list[torch.Tensor]:
         """The column's tensors as the model shapes them, of the whole batch last passed."""
         if f.kind == "tokens":
             return list(body) if isinstance(body, list | tuple) else [body]
@@ -102,12 +103,13 @@ def _hooked(points: Sequence[tuple[nn.Module, str, Take]]) -> Iterator[dict[str,
             handle.remove()
 
 
-def _heads(module: Any) -> list[nn.Module]:
+def heads_of(module: Any) -> list[nn.Module]:
     """The classifier, or both where a second one was distilled; RepViT keeps its two in a head of their own."""
     for owner in (module, getattr(module, "head", None)):
-        pair = [getattr(owner, name, None) for name in TWO_HEADS.split("+")]
-        if all(isinstance(head, nn.Module) for head in pair):
-            return [head for head in pair if isinstance(head, nn.Module)]
+        first, second = (getattr(owner, name, None) for name in TWO_HEADS.split("+"))
+        unused = isinstance(second, nn.Identity) and bool(module.num_classes)  # as iFormer fills its place
+        if isinstance(first, nn.Module) and isinstance(second, nn.Module) and not unused:
+            return [first, second]
     head = getattr(module, "head", None)
     return [head] if isinstance(head, nn.Module) else []
 
@@ -168,7 +170,7 @@ def _output(_: tuple[Any, ...], output: Any) -> torch.Tensor:
 # what a run will give
 
 
-def flats(
+def tensor_columns(
     module: Any,
     model: str,
     blank: torch.Tensor,
@@ -176,31 +178,31 @@ def flats(
     outputs: Sequence[str],
     indices: tuple[int, ...] | None = None,
     names: tuple[str, ...] | None = None,
-) -> tuple[Flat, ...]:
+) -> tuple[TensorColumn, ...]:
     """The columns that `outputs` asks for, in order, shaped as the model shapes them for `blank` (1, C, H, W).
 
     `body`: `forward_features(blank)`. Raises `UsageError` where the model lacks what was asked.
     """
-    found: list[Flat] = []
+    found: list[TensorColumn] = []
     if "tokens" in outputs:
         parts = list(body) if isinstance(body, list | tuple) else [body]
         layouts = tuple(_layout(p, getattr(module, "output_fmt", None)) for p in parts)
-        found.append(_flat("tokens", "tokens", "forward_features", [tuple(p.shape[1:]) for p in parts], layouts))
+        found.append(_column("tokens", "tokens", "forward_features", [tuple(p.shape[1:]) for p in parts], layouts))
     if "features" in outputs:
         maps = _by_index(module, model, blank, indices) if names is None else _by_name(module, model, blank, names)
         for i, (source, shape, layout) in enumerate(maps):
-            found.append(_flat("features", f"feature_{i}", source, [shape], (layout,)))
+            found.append(_column("features", f"feature_{i}", source, [shape], (layout,)))
     if "heads" in outputs:
-        if len(_heads(module)) < 2 or not module.num_classes:
-            raise UsageError(f"--outputs heads: {model} has no second classifier head: choose --outputs classes")
-        found.append(_flat("heads", "heads", TWO_HEADS, [(2, module.num_classes)], ("N2C",), "float32"))
+        if len(heads_of(module)) < 2 or not module.num_classes:
+            raise UsageError(f"--outputs heads: {model} has no second classifier head")
+        found.append(_column("heads", "heads", TWO_HEADS, [(2, module.num_classes)], ("N2C",), "float32"))
     return tuple(found)
 
 
-def _flat(
+def _column(
     kind: str, column: str, source: str, shapes: list[tuple[int, ...]], layouts: tuple[str, ...], dtype: str = "float16"
-) -> Flat:
-    return Flat(kind=kind, column=column, source=source, shapes=tuple(shapes), layouts=layouts, dtype=dtype)
+) -> TensorColumn:
+    return TensorColumn(kind=kind, column=column, source=source, shapes=tuple(shapes), layouts=layouts, dtype=dtype)
 
 
 def _layout(tensor: torch.Tensor, declared: object = None) -> str:
@@ -217,9 +219,8 @@ def _by_index(module: Any, model: str, blank: torch.Tensor, asked: tuple[int, ..
     """The maps asked for, else timm's own choice, counted from the front, in the layout of `features_only=True`."""
     try:
         maps = module.forward_intermediates(blank)[1]
-        with torch.device("meta"):
-            wrapped = timm.create_model(model, pretrained=False, features_only=True)
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError, AssertionError) as e:
+        wrapped = timms_maps(model)
+    except Exception as e:  # whatever a model without feature maps raises
         raise UsageError(f"--outputs features: timm has no feature maps of {model}: {e}") from e
     found: list[Shaped] = []
     for index in tuple(wrapped.feature_info.out_indices) if asked is None else asked:
@@ -232,6 +233,13 @@ def _by_index(module: Any, model: str, blank: torch.Tensor, asked: tuple[int, ..
     return found
 
 
+@lru_cache(maxsize=1)
+def timms_maps(model: str) -> Any:
+    """timm's own feature extractor, without values: which maps it chooses and how it lays them out."""
+    with torch.device("meta"):
+        return timm.create_model(model, pretrained=False, features_only=True).eval()
+
+
 def _by_name(module: Any, model: str, blank: torch.Tensor, names: tuple[str, ...]) -> list[Shaped]:
     known = feature_names(module)
     for name in names:
@@ -239,7 +247,7 @@ def _by_name(module: Any, model: str, blank: torch.Tensor, names: tuple[str, ...
             near = difflib.get_close_matches(name, known, NEAREST) or known[: NEAREST + 1]
             what = f"nearest of its {len(known)}: {', '.join(near)}" if known else "use --feature-indices"
             raise UsageError(f"--feature-names {name}: {model} has no such name; {what}")
-    wanted = [_flat("features", "", name, [], ()) for name in names]
+    wanted = [_column("features", "", name, [], ()) for name in names]
     taps = Taps(module, wanted)
     body = taps.body(blank)
     taps.logits(body)

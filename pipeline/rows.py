@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pipeline.backbone import Arrays
 from pipeline.config import VectorSet
 from pipeline.errors import Reject
-from pipeline.flat_rows import PREFIX, FlatWriter, fixed
 from pipeline.listing import Shard
 from pipeline.shards import Sample
+from pipeline.tensor_rows import PREFIX, TensorWriter, fixed
 
 ROW_GROUP_ROWS = 8192  # 32 MB of 1024-d float32; the contract asks for 4 to 16 thousand
 PACKAGES = ("shard2vec", "torch", "timm", "pillow", "pyarrow", "ray")
@@ -178,8 +178,9 @@ class ShardWriter:
         # What is known now goes into the Arrow schema too, where `pq.read_schema` looks; the rest when the file closes.
         described = self._schema.with_metadata(self._metadata)
         self._writer = pq.ParquetWriter(self._paths["embeddings"], described, **options)
-        self._flats = {
-            kind: FlatWriter(vectors.flats_of(kind), self._paths[kind], self._metadata) for kind in vectors.kinds[1:-1]
+        self._beside = {
+            kind: TensorWriter(vectors.columns_of(kind), self._paths[kind], self._metadata)
+            for kind in vectors.kinds[1:-1]
         }
 
     def __enter__(self) -> "ShardWriter":
@@ -188,7 +189,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for writer in (self._writer, *self._flats.values()):
+        for writer in (self._writer, *self._beside.values()):
             with suppress(OSError, pa.ArrowException):  # on a full disk it fails again; the first error is under way
                 writer.close()
         for path in self._paths.values():
@@ -222,7 +223,7 @@ class ShardWriter:
                 f"{self._vectors.model} in {self._vectors.precision} gave NaN or infinity for "
                 f"{self._shard.name}/{sample.id_key}: try --precision fp32"
             )
-        self._flat_rows(samples, arrays)
+        self._tensor_rows(samples, arrays)
         if len(self._samples) + len(samples) > ROW_GROUP_ROWS:
             self._write_group()
         self._numbers.put(len(self._samples), sizes, arrays, self._vectors)
@@ -231,14 +232,14 @@ class ShardWriter:
         self.counts.rows += len(samples)
         self._count_hits(samples, arrays)
 
-    def _flat_rows(self, samples: list[Sample], arrays: "Arrays") -> None:
-        if not self._flats:
+    def _tensor_rows(self, samples: list[Sample], arrays: "Arrays") -> None:
+        if not self._beside:
             return
         ids = [f"{self._shard.name}/{s.id_key}" for s in samples]
-        of_kind = {kind: [] for kind in self._flats}  # type: dict[str, list[np.ndarray]]
-        for flat, values in zip(self._vectors.flats, arrays.flats, strict=True):
-            of_kind[flat.kind].append(values)
-        for kind, writer in self._flats.items():
+        of_kind = {kind: [] for kind in self._beside}  # type: dict[str, list[np.ndarray]]
+        for column, values in zip(self._vectors.tensors, arrays.tensors, strict=True):
+            of_kind[column.kind].append(values)
+        for kind, writer in self._beside.items():
             broken = writer.rows(ids, of_kind[kind])
             if broken is not None:
                 raise NotFinite(
@@ -297,7 +298,7 @@ class ShardWriter:
             table = pa.Table.from_pylist(self._rejects, schema=REJECTS).replace_schema_metadata(self._metadata | rows)
             pq.write_table(table, self._paths[kind], **_parquet_options(REJECTS))
         else:
-            self._flats[kind].finish(rows)
+            self._beside[kind].finish(rows)
         return self._paths[kind]
 
     @property
@@ -308,7 +309,7 @@ class ShardWriter:
     def digest(self, kind: str) -> str:
         """Two files of one kind, set and shard with the same digest hold the same rows in the same order."""
         if kind != "rejects":
-            return self._flats[kind].digest()
+            return self._beside[kind].digest()
         return hashlib.sha256("".join(f"{r['id']}\0{r['reason']}\0" for r in self._rejects).encode()).hexdigest()
 
     def finish_embeddings(self, beside: dict[str, str]) -> Path:

@@ -16,7 +16,7 @@ from pipeline.errors import StorageError, UsageError
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State, speed
-from pipeline.storage import digest
+from pipeline.storage import digest, redact
 
 WAVE_SHARDS = 10_000  # Ray plans a wave at a time: 20,000 tasks cost it 30 s before the first block
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
@@ -127,6 +127,7 @@ def plan(config: RunConfig) -> Run:
     labels, source = _labels(config, facts) if top_k else ((), "none")
     vectors = VectorSet(
         model=config.model,
+        architecture=weights.architecture_of(config.model),
         weights_sha256=weights.sha256(module.state_dict()),
         preprocessing=facts.preprocessing,
         exif_orientation=config.exif_orientation,
@@ -134,7 +135,7 @@ def plan(config: RunConfig) -> Run:
         engine="eager",
         decode="exact",
         outputs=outputs,
-        flats=facts.flats,
+        tensors=facts.tensors,
         pooling=facts.pooling,
         dim=facts.dim,
         classes=facts.classes,
@@ -174,7 +175,9 @@ def _outputs(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...],
             wanted.add("classes")  # the mean of both heads, beside the heads
     if "classes" in wanted and not facts.classes:
         flag = "--only-metrics" if config.only_metrics else "--outputs classes"
-        raise UsageError(f"{flag}: {config.model} has no classifier; use --outputs embedding")
+        raise UsageError(f"{flag}: {config.model} has no classifier, with these weights")
+    if config.labels is not None and "classes" not in wanted:
+        raise UsageError(f"--labels {redact(config.labels)}: no classes are kept; add `classes` to --outputs")
     outputs = tuple(o for o in OUTPUTS if o in wanted)
     return outputs, min(config.top_k, facts.classes) if "classes" in outputs else 0
 
@@ -307,11 +310,14 @@ def _gate(config: RunConfig, files: Sequence[versions.ShardFiles]) -> None:
 
 def _commit(run: Run, files: Sequence[versions.ShardFiles], say: Callable[[str], None]) -> versions.Version | None:
     """The version; None where metrics alone would take the place of vectors that readers use."""
-    before = versions.read_version(run.root)
-    if run.config.only_metrics and before is not None and "embedding" in versions.outputs_of(run.root, before):
-        say(f"version {before.version} and its vectors stay the current ones: metrics make no version beside them")
-        return None
-    return versions.commit(run.root, run.vectors.name, files)
+
+    def stays(before: versions.Version) -> bool:
+        return run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before)
+
+    version = versions.commit(run.root, run.vectors.name, files, stays)
+    if version is None:
+        say("the current version and its vectors stay: metrics make no version beside them")
+    return version
 
 
 def _reasons(rejects: dict[str, int]) -> str:
@@ -326,9 +332,11 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
     pace = speed(run.receipts, run.threads)
     seconds = time.monotonic() - run.started
     accuracy: dict[str, Any] = {}
+    if total.labelled or run.config.only_metrics:
+        accuracy = {"labelled": total.labelled}
     if total.labelled:
         hits = {"top1": total.top1 / total.labelled, "top5": total.top5 / total.labelled}
-        accuracy = {"labelled": total.labelled} | hits
+        accuracy |= hits
     return {
         "set": run.vectors.name,
         "version": version.version if version else None,
@@ -361,12 +369,14 @@ def _summary(result: dict[str, Any]) -> str:
     if "top1" in result:
         of = f"the labels of {result['labelled']:,} images"
         parts.append(f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} against {of}")
+    elif result.get("labelled") == 0:
+        parts.append("no accuracy: no image has a label of this model's classes")
     return "; ".join([*parts, result["speed"]])
 
 
 def _describe(run: Run) -> str:
     vectors, count = run.vectors, len(run.shards)
-    columns = ", ".join(f"{f.column} {'+'.join('x'.join(map(str, s)) for s in f.shapes)}" for f in vectors.flats)
+    columns = ", ".join(f"{f.column} {'+'.join('x'.join(map(str, s)) for s in f.shapes)}" for f in vectors.tensors)
     what = f"{vectors.dim}-d embeddings" if "embedding" in vectors.outputs else "metrics only"
     return (
         f"{vectors.name}: {what}{f', {columns}' if columns else ''}, {vectors.precision} on {run.device}; "

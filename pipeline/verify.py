@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError
-from pipeline.flat_rows import PREFIX
 from pipeline.listing import Shard
 from pipeline.output import Root
 from pipeline.shards import read_keys
+from pipeline.tensor_rows import PREFIX
 from pipeline.versions import ShardFiles, Version, read_list
 
 SHARDS_AT_ONCE = 4
@@ -90,7 +90,8 @@ def _verify_shard(root: Root, version: Version, listed: ShardFiles, inputs: dict
     rejects = _read(root, version, listed, "rejects", found, ids, positions)
     for kind in listed.names.keys() - {"embeddings", "rejects"}:
         beside: list[str] = []
-        if _read(root, version, listed, kind, found, order=beside) is not None and beside != embedded:
+        read = _read(root, version, listed, kind, found, order=beside)
+        if read is not None and rows is not None and beside != embedded:
             found.bad_file(listed.names[kind], f"its ids or their order are not those of {listed.embeddings}")
     found.ids = len(ids)
     twice = sorted(i for i, n in ids.items() if n > 1)

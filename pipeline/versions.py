@@ -18,11 +18,11 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.flat_rows import PREFIX
 from pipeline.listing import Shard
 from pipeline.output import Root
 from pipeline.rows import Counts, ShardWriter
 from pipeline.storage import digest
+from pipeline.tensor_rows import PREFIX
 
 KINDS = ("embeddings", "rejects", "tokens", "features", "heads")
 OURS = {"sets", "versions", "reports", "index", ".tmp"}  # what may lie in an output root
@@ -295,8 +295,13 @@ def totals(files: Sequence[ShardFiles]) -> Counts:
     return total
 
 
-def commit(root: Root, set_name: str, files: Sequence[ShardFiles]) -> Version:
-    """Makes the files the current version, unless they already are; the version appears by one create-only write."""
+def commit(
+    root: Root, set_name: str, files: Sequence[ShardFiles], stays: Callable[[Version], bool] = lambda before: False
+) -> Version | None:
+    """Makes the files the current version, unless they already are; the version appears by one create-only write.
+
+    None, and nothing done, where the version before `stays`; that is asked again after a lost race.
+    """
     table = pa.Table.from_pylist([_row(f) for f in files], schema=FILES)
     buffer = BytesIO()
     pq.write_table(table, buffer, compression="zstd")
@@ -306,6 +311,8 @@ def commit(root: Root, set_name: str, files: Sequence[ShardFiles]) -> Version:
         before = read_version(root)
         if before is not None and before.set == set_name and before.files == list_name:
             return before
+        if before is not None and stays(before):
+            return None
         root.put_new(list_name, buffer.getvalue())
         version = Version(
             version=before.version + 1 if before else 1,

@@ -5,6 +5,7 @@ this node under their SHA-256, so that every actor of the node loads the same by
 """
 
 import hashlib
+import json
 import os
 import tempfile
 import time
@@ -16,7 +17,8 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models import load_state_dict
+from timm.models import load_model_config_from_hf, load_state_dict, parse_model_name
+from timm.models._hub import load_model_config_from_path
 
 from pipeline.architecture import OWN, State, build, classifiers, line, load_strictly
 from pipeline.config import Adapt
@@ -65,6 +67,16 @@ def _head_classes(module: torch.nn.Module, state: State) -> int | None:
         if key in state and key in own and state[key].shape[:1] != own[key].shape[:1]:
             return int(state[key].shape[0])
     return None
+
+
+def architecture_of(model: str) -> str:
+    """What decides the layers: timm's name; of `local-dir:` and `hf-hub:` also the arguments in their config.json."""
+    source, name = parse_model_name(model)
+    if source not in ("local-dir", "hf-hub"):
+        return str(name)
+    load = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
+    _, architecture, arguments = load(name)
+    return f"{architecture} {json.dumps(arguments or {}, sort_keys=True, default=str)}"
 
 
 def _pretrained(model: str) -> torch.nn.Module:

@@ -1,4 +1,6 @@
-"""Every architecture that timm lists, held against timm's own numbers: `python tests/families.py` runs them all.
+"""Every architecture that timm lists, held against timm's own numbers.
+
+    python tests/families.py ['vit_*' …]     runs all of them, or those that match
 
 On the meta device, shapes: the embedding against the model's `head_hidden_size`, tokens against `forward_features`,
 maps against `features_only=True`. On the CPU also the values, with seeded weights.
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline.architecture import build
 from pipeline.backbone import Backbone, facts_of, preprocessing_of
 from pipeline.errors import UsageError
+from pipeline.features import heads_of, timms_maps
 
 # The smallest of each module of timm. Those of more than 80 M parameters are looked at on the meta device.
 SMALLEST = (
@@ -65,22 +68,24 @@ def wrong(name: str, device: str) -> str | None:
 def _compared(name: str, values: bool) -> str | None:
     torch.manual_seed(0)
     module = build(name)
-    heads = ("heads",) if getattr(module, "head_dist", None) is not None else ()
+    heads = ("heads",) if len(heads_of(module)) > 1 else ()
     facts = facts_of(module, name, ("embedding", "tokens", "features", *heads))
     if facts.dim != getattr(module, "head_hidden_size", None):
         return f"embedding {facts.dim}, head_hidden_size {module.head_hidden_size}"
     images = torch.randint(0, 256, (1, *preprocessing_of(module).input_size), dtype=torch.uint8)
     x = Backbone(module, batch_size=1).normalize(images) if values else images.float()
     body = module.forward_features(x)
-    torch.manual_seed(0)  # the wrappers build the whole model first, so its weights are the same
-    wrapped = timm.create_model(name, features_only=True).eval()
-    if values:
+    if not values:
+        wrapped = timms_maps(name)
+    else:
+        torch.manual_seed(0)  # the wrappers build the whole model first, so its weights are the same
+        wrapped = timm.create_model(name, features_only=True).eval()
         shared = {k: v for k, v in module.state_dict().items() if k in wrapped.state_dict()}
         wrapped.load_state_dict(shared, strict=False)
     maps = wrapped(x)
     theirs = {"tokens": list(body) if isinstance(body, list | tuple) else [body]}
     theirs |= {f"feature_{i}": [m] for i, m in enumerate(maps)}
-    columns = {f.column: f for f in facts.flats if f.kind != "heads"}
+    columns = {f.column: f for f in facts.tensors if f.kind != "heads"}
     if columns.keys() != theirs.keys():
         return f"columns {sorted(columns)}, timm's {sorted(theirs)}"
     for column, parts in theirs.items():
@@ -92,10 +97,14 @@ def _compared(name: str, values: bool) -> str | None:
     if found != channels:
         return f"channels {found}, timm's {channels}"
     if values:
-        got = Backbone(module, batch_size=1, flats=facts.flats)(images)
+        got = Backbone(module, batch_size=1, tensors=facts.tensors)(images)
         if not torch.equal(got.embedding, module.forward_head(body, pre_logits=True).flatten(1)):
             return "another embedding"
-        for f, flat in zip(facts.flats, got.flats, strict=True):
+        for f, flat in zip(facts.tensors, got.tensors, strict=True):
+            if f.kind == "heads":
+                mean = flat.view(-1, *f.shapes[0]).mean(1)
+                if not torch.allclose(mean, module.forward_head(body), atol=1e-6):
+                    return "the heads' mean is not timm's logits"
             if f.column in theirs:
                 plain = torch.cat([p.flatten(1) for p in theirs[f.column]], 1).half()
                 if not torch.equal(flat, plain):
@@ -116,7 +125,7 @@ def share(found: dict[str, str | None]) -> str:
 
 if __name__ == "__main__":
     started, everything = time.monotonic(), {}
-    for model in timm.list_models():
+    for model in timm.list_models(sys.argv[1:] or "*"):
         everything |= sweep([model], "meta")
         if everything[model] is not None:
             print(f"{model}: {everything[model]}", flush=True)

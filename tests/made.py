@@ -22,6 +22,7 @@ def vector_set(
     facts = facts_of(oracle.module(model), model, outputs, indices, names)
     fields: dict[str, object] = {
         "model": model,
+        "architecture": model,
         "weights_sha256": "0" * 64,
         "preprocessing": facts.preprocessing,
         "exif_orientation": True,
@@ -29,7 +30,7 @@ def vector_set(
         "engine": "eager",
         "decode": "exact",
         "outputs": outputs,
-        "flats": facts.flats,
+        "tensors": facts.tensors,
         "pooling": facts.pooling,
         "dim": facts.dim,
         "classes": facts.classes,
@@ -58,7 +59,11 @@ def job(output: Path | str, *, batch_size: int = 4, labels: tuple[str, ...] = ()
 
 def embedder(job: Job, **settings: object) -> Embedder:
     vectors = job.vectors
-    settings = {"batch_size": job.batch_size, "classes": bool(vectors.top_k), "flats": vectors.flats} | settings
+    settings = {
+        "batch_size": job.batch_size,
+        "classes": bool(vectors.top_k),
+        "tensors": vectors.tensors,
+    } | settings
     return Embedder(job, Backbone(oracle.module(vectors.model), **settings))  # type: ignore[arg-type]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.data import create_transform, resolve_data_config
 
+from pipeline.architecture import build
 from pipeline.backbone import (
     CUDA_BATCHES,
     Backbone,
@@ -15,6 +16,7 @@ from pipeline.backbone import (
     resolve_device,
     resolve_precision,
 )
+from pipeline.config import Adapt
 from pipeline.errors import UsageError
 from pipeline.images import Decoder
 
@@ -65,6 +67,14 @@ def test_bf16_keeps_the_embedding_and_a_float32_head(model: str) -> None:
     assert got.embedding.dtype == np.float32 and got.topk_score is not None
     scores = torch.from_numpy(got.topk_score)
     assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_large_images_come_in_smaller_batches() -> None:
+    """The CPU's default batch goes by pixels above 384 x 384, so that memory does not go by --image-size."""
+    sizes = ((160, 32), (384, 32), (768, 8), (2048, 1))
+    for side, batch in sizes:
+        net = build("test_vit", Adapt(image_size=(side, side)))
+        assert Backbone(net).batch_size == batch and Backbone(net, batch_size=5).batch_size == 5
 
 
 @pytest.mark.parametrize(("pad", "tolerance"), [(True, 0.0), (False, 1e-5)])

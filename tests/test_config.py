@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import made
 import pytest
 
-from pipeline.config import Adapt, Flat, RunConfig
+from pipeline.config import Adapt, RunConfig, TensorColumn
 from pipeline.errors import UsageError
 
 ASKED = {"inputs": ("in/*.tar",), "output": "out", "model": "test_vit"}
@@ -25,6 +25,7 @@ ASKED = {"inputs": ("in/*.tar",), "output": "out", "model": "test_vit"}
         ({"feature_names": ("logits",), "outputs": ("tokens",)}, "--feature-names logits: add `features`"),
         ({"feature_names": ("",), "outputs": ("features",)}, "a name is empty"),
         ({"feature_names": ("a",), "feature_indices": (0,), "outputs": ("features",)}, "choose one of them"),
+        ({"only_metrics": True, "normalize": True}, "leave out --normalize and --vector-type"),
         ({"only_metrics": True, "outputs": ("tokens",)}, "--only-metrics keeps no vectors: leave out --outputs tokens"),
         ({"weights": "random"}, "name the seed"),
         ({"weights": "random:x"}, "--weights random:x: the seed must be a whole number"),
@@ -48,7 +49,7 @@ def test_a_wrong_value_is_refused_by_name(change: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": (0, 224)}, "--image-size 0x224: must lie in 1 to 16384"),
+        ({"image_size": (0, 224)}, "--image-size 0x224: must have 1 to 4194304 pixels"),
         ({"image_size": (224, 99_999)}, "--image-size 224x99999"),
         ({"in_chans": 0}, "--in-chans 0: must be 1 or more"),
         ({"num_classes": -1}, "--num-classes -1: must be 0 or more"),
@@ -66,7 +67,7 @@ def test_everything_that_changes_a_vector_changes_the_fingerprint() -> None:
     other = {
         "preprocessing": replace(base.preprocessing, crop_pct=0.5),
         "outputs": ("embedding",),
-        "flats": (Flat(kind="tokens", column="tokens", source="x", shapes=((1, 2),), layouts=("NLC",)),),
+        "tensors": (TensorColumn(kind="tokens", column="tokens", source="x", shapes=((1, 2),), layouts=("NLC",)),),
         "exif_orientation": False,
         "normalized": True,
     }

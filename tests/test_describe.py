@@ -153,7 +153,7 @@ def test_a_note_tells_what_a_card_without_attentions_products_prints() -> None:
 @pytest.mark.parametrize("name", ["pit_ti_distilled_224", "levit_128s"])
 def test_the_note_on_two_heads_is_true(name: str) -> None:
     """timm gives the mean of what enters the two heads and the mean of what leaves them."""
-    assert module.TWO_HEADS in card_of(name)["notes"]
+    assert module.HEADS_NOTE in card_of(name)["notes"]
     model = timm.create_model(name).eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for head in (model.head, model.head_dist):
@@ -171,7 +171,7 @@ def test_one_head_is_no_note_and_missing_feature_maps_are(monkeypatch: pytest.Mo
     def none(*_: object) -> None:
         raise RuntimeError("features_only not implemented")
 
-    assert module.TWO_HEADS not in card_of("pit_ti_224")["notes"]
+    assert module.HEADS_NOTE not in card_of("pit_ti_224")["notes"]
     monkeypatch.setattr(module, "_feature_shapes", none)
     card = describe("resnet18")
     assert (card["features"], card["notes"]) == ([], [module.NO_FEATURES])

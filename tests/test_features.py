@@ -27,8 +27,8 @@ def passed(
 ) -> tuple[Any, Vectors]:
     """The columns' facts, and what one pass gives for them."""
     facts = facts_of(oracle.module(model), model, outputs, **asked)
-    backbone = Backbone(oracle.module(model), batch_size=4, flats=facts.flats)
-    return facts.flats, backbone(images(model) if batch is None else batch)
+    backbone = Backbone(oracle.module(model), batch_size=4, tensors=facts.tensors)
+    return facts.tensors, backbone(images(model) if batch is None else batch)
 
 
 def plain(model: str) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -51,7 +51,7 @@ def test_one_pass_gives_what_timms_separate_calls_give(model: str) -> None:
         body = net.forward_features(x)
         assert torch.equal(got.embedding, net.forward_head(body, pre_logits=True))
         assert torch.equal(got.topk_score, net(x).softmax(1).topk(5).values)
-        by_column = dict(zip((f.column for f in columns), got.flats, strict=True))
+        by_column = dict(zip((f.column for f in columns), got.tensors, strict=True))
         assert torch.equal(by_column["tokens"], flat(body))
         maps = net.forward_intermediates(x, indices=[int(f.source) for f in columns if f.kind == "features"])[1]
         assert all(torch.equal(by_column[f"feature_{i}"], flat(m)) for i, m in enumerate(maps))
@@ -63,11 +63,11 @@ def test_one_pass_gives_what_timms_separate_calls_give(model: str) -> None:
 
 def test_the_body_runs_once_a_batch_whatever_is_asked() -> None:
     """Tokens and maps cost no second pass."""
-    columns = facts_of(oracle.module("test_vit"), "test_vit", ("tokens", "features")).flats
+    columns = facts_of(oracle.module("test_vit"), "test_vit", ("tokens", "features")).tensors
     net = oracle.module("test_vit")
     calls = []
     net.blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    Backbone(net, batch_size=2, flats=columns)(images("test_vit"))
+    Backbone(net, batch_size=2, tensors=columns)(images("test_vit"))
     assert calls == [1]
 
 
@@ -90,8 +90,8 @@ def test_tokens_record_their_layout(model: str, shapes: tuple, layouts: tuple[st
     with torch.inference_mode():
         body = net.forward_features(x)
     parts = list(body) if isinstance(body, list | tuple) else [body]
-    assert torch.equal(got.flats[0], torch.cat([flat(p) for p in parts], 1))
-    assert got.flats[0].shape == (2, column.size)
+    assert torch.equal(got.tensors[0], torch.cat([flat(p) for p in parts], 1))
+    assert got.tensors[0].shape == (2, column.size)
 
 
 @pytest.mark.parametrize(("asked", "sources"), [((2, 0), "20"), ((0, 2), "02"), ((-1, 0, -1), "202"), (None, "012")])
@@ -103,7 +103,7 @@ def test_maps_come_in_the_order_asked_for(asked: tuple[int, ...] | None, sources
     wrapped = oracle.module("pit_ti_224")
     with torch.inference_mode():
         maps = wrapped.forward_intermediates(plain("pit_ti_224")[1])[1]
-    assert all(torch.equal(v, flat(maps[int(s)])) for v, s in zip(got.flats, sources, strict=True))
+    assert all(torch.equal(v, flat(maps[int(s)])) for v, s in zip(got.tensors, sources, strict=True))
 
 
 @pytest.mark.parametrize("asked", [(3,), (-4,)])
@@ -153,7 +153,7 @@ def test_pit_has_all_of_tfimms_names(model: str) -> None:
     with torch.inference_mode():
         expected = tfimm_pit(net, x)
     assert set(expected) == set(names)
-    for f, values in zip(columns, got.flats, strict=True):
+    for f, values in zip(columns, got.tensors, strict=True):
         assert f.shapes == (tuple(expected[f.source].shape[1:]),), f.source
         assert oracle.relative(values.float().numpy(), flat(expected[f.source]).float().numpy()) < 1e-3, f.source
 
@@ -163,7 +163,7 @@ def test_transformers_have_tfimms_names_too(model: str) -> None:
     """Every block's output, the normed sequence, the embedding and the logits of ConViT, BEiT and pwee."""
     names = feature_names(oracle.module(model))
     columns, got = passed(model, ("features",), feature_names=names)
-    by_name = {f.source: (f, v) for f, v in zip(columns, got.flats, strict=True)}
+    by_name = {f.source: (f, v) for f, v in zip(columns, got.tensors, strict=True)}
     net, x = plain(model)
     with torch.inference_mode():
         body, maps = net.forward_intermediates(x, output_fmt="NLC")
@@ -192,6 +192,14 @@ def test_an_unknown_name_is_answered_with_those_there_are(model: str, name: str,
         passed(model, ("features",), feature_names=(name,))
 
 
+def test_repvits_heads_lie_in_a_head_of_their_own() -> None:
+    """Their mean is timm's logits, which an fp32 softmax then makes the scores."""
+    (column,), got = passed("repvit_m1", ("heads",))
+    net, x = plain("repvit_m1")
+    with torch.inference_mode():
+        assert torch.allclose(got.tensors[0].view(2, *column.shapes[0]).mean(1), net(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("model", ["pit_ti_224", "test_vit", "resnet10t"])
 def test_heads_are_refused_where_there_is_one(model: str) -> None:
     """Its logits are in the scores already."""
@@ -209,8 +217,8 @@ def test_threads_lose_and_mix_nothing(asked: dict[str, Any]) -> None:
     timm's own hooks on PiT lost the outputs of 40 of 60 such calls.
     """
     model = "pit_ti_distilled_224"
-    columns = facts_of(oracle.module(model), model, ("tokens", "features", "heads"), **asked).flats
-    backbone = Backbone(oracle.module(model), batch_size=1, flats=columns)
+    columns = facts_of(oracle.module(model), model, ("tokens", "features", "heads"), **asked).tensors
+    backbone = Backbone(oracle.module(model), batch_size=1, tensors=columns)
     batches = images(model, 6).split(1)
     alone = [backbone(b) for b in batches]
     together = threading.Barrier(4)
@@ -219,7 +227,7 @@ def test_threads_lose_and_mix_nothing(asked: dict[str, Any]) -> None:
         if i < 4:
             together.wait()
         got, expected = backbone(batches[i % 6]), alone[i % 6]
-        return torch.equal(got.embedding, expected.embedding) and all(map(torch.equal, got.flats, expected.flats))
+        return torch.equal(got.embedding, expected.embedding) and all(map(torch.equal, got.tensors, expected.tensors))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(call, range(60)))
@@ -227,12 +235,12 @@ def test_threads_lose_and_mix_nothing(asked: dict[str, Any]) -> None:
 
 def test_short_and_split_batches_give_the_same_rows() -> None:
     """Tokens and maps of an image do not depend on how many images came with it, padded or in parts."""
-    columns = facts_of(oracle.module("test_vit"), "test_vit", ("tokens", "features")).flats
+    columns = facts_of(oracle.module("test_vit"), "test_vit", ("tokens", "features")).tensors
     batch = images("test_vit", 5)
-    whole = Backbone(oracle.module("test_vit"), batch_size=5, flats=columns)(batch)
+    whole = Backbone(oracle.module("test_vit"), batch_size=5, tensors=columns)(batch)
     for size, pad in ((2, False), (4, True), (8, True)):
-        parts = Backbone(oracle.module("test_vit"), batch_size=size, pad=pad, flats=columns)(batch)
-        for ours, theirs in zip(parts.flats, whole.flats, strict=True):
+        parts = Backbone(oracle.module("test_vit"), batch_size=size, pad=pad, tensors=columns)(batch)
+        for ours, theirs in zip(parts.tensors, whole.tensors, strict=True):
             assert ours.shape == theirs.shape and ours.dtype == torch.float16
             assert oracle.relative(ours.float().numpy(), theirs.float().numpy()) < 1e-3
 
@@ -240,9 +248,9 @@ def test_short_and_split_batches_give_the_same_rows() -> None:
 def test_bf16_keeps_tokens_and_a_float32_head() -> None:
     """In bf16 the tokens' cosine with fp32 is at least 0.9998; both heads' logits are computed in float32."""
     model = "pit_ti_distilled_224"
-    columns = facts_of(oracle.module(model), model, ("tokens", "heads")).flats
-    runs = {p: Backbone(oracle.module(model), precision=p, batch_size=2, flats=columns) for p in ("fp32", "bf16")}
-    tokens, heads = zip(*(run(images(model)).flats for run in runs.values()), strict=True)
+    columns = facts_of(oracle.module(model), model, ("tokens", "heads")).tensors
+    runs = {p: Backbone(oracle.module(model), precision=p, batch_size=2, tensors=columns) for p in ("fp32", "bf16")}
+    tokens, heads = zip(*(run(images(model)).tensors for run in runs.values()), strict=True)
     assert torch.nn.functional.cosine_similarity(*(t.float() for t in tokens)).min() >= 0.9998
     assert heads[1].dtype == torch.float32 and not torch.equal(heads[1], heads[1].bfloat16().float())
 
@@ -253,8 +261,10 @@ def test_cuda_gives_the_tokens_and_maps_of_the_cpu(precision: str) -> None:
     """On a GPU the columns beside the embedding have a cosine of 0.9995 with fp32 on the CPU."""
     columns, want = passed("pit_ti_distilled_224", ("tokens", "features", "heads"))
     net = oracle.module("pit_ti_distilled_224")
-    got = Backbone(net, device="cuda", precision=precision, batch_size=4, flats=columns)(images("pit_ti_distilled_224"))
-    for ours, theirs in zip(got.flats, want.flats, strict=True):
+    got = Backbone(net, device="cuda", precision=precision, batch_size=4, tensors=columns)(
+        images("pit_ti_distilled_224")
+    )
+    for ours, theirs in zip(got.tensors, want.tensors, strict=True):
         assert torch.nn.functional.cosine_similarity(ours.cpu().float(), theirs.float()).min() >= 0.9995
 
 

@@ -51,6 +51,7 @@ WRONG = {
     "output not writable": (["--output", "/proc/nobody/out"], "cannot be"),
     "weights that do not fit": (["--weights", "{tmp}/other.safetensors"], "do not fit"),
     "weights not there": (["--weights", "{tmp}/none.pth"], "cannot be read"),
+    "labels of no classes": (["--outputs", "tokens", "--labels", "{tmp}/labels.txt"], "no classes are kept"),
     "labels too few": (["--labels", "{tmp}/labels.txt"], "2 names, the model 1000 classes"),
     "bad batch size": (["--batch-size", "many"], "--batch-size many"),
     "bad actors": (["--actors", "2:1"], "--actors 2:1"),
@@ -81,7 +82,7 @@ def test_what_is_wrong_is_told_before_any_work(case: str, shards: Path, tmp_path
     safetensors.torch.save_file(oracle.module("test_vit3").state_dict(), tmp_path / "other.safetensors")
     flags, message = WRONG[case]
     defaults = {"--input": shards, "--output": tmp_path / "out", "--model": "test_vit", "--weights": "random:0"}
-    asked = defaults | {flags[0]: flags[1].format(tmp=tmp_path)}
+    asked = defaults | {flag: v.format(tmp=tmp_path) for flag, v in zip(flags[::2], flags[1::2], strict=True)}
     code, out, err = call("embed", *(part for pair in asked.items() for part in pair))
     assert code == 2, err
     assert message in " ".join(err.split()) and "Traceback" not in err and out == ""

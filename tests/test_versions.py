@@ -86,6 +86,24 @@ def test_racing_commits_each_get_their_own_number(tmp_path: Path, shards: Path) 
     assert listed == {tuple(f.shard for f in part) for part in parts}
 
 
+def test_a_version_that_stays_is_not_replaced_even_after_a_lost_race(tmp_path: Path, shards: Path) -> None:
+    """Whether the version before stays is asked for the one that is there, not for the one that was looked at first."""
+    root, _, files = embedded(tmp_path, shards)
+    other = "other@000000000000"
+
+    def stays(before: versions.Version) -> bool:
+        return before.set == other
+
+    def meanwhile(before: versions.Version) -> bool:
+        if before.version == 1:
+            versions.commit(root, other, files[:2])
+        return stays(before)
+
+    versions.commit(root, SET, files[:1])
+    assert versions.commit(root, SET, files, meanwhile) is None
+    assert versions.current(root).set == other and versions.numbers(root) == [1, 2]
+
+
 def test_an_unfinished_shard_keeps_the_version_from_being_made(tmp_path: Path, shards: Path) -> None:
     """Without every file of the listing there is no version, and the message names a shard."""
     root, listed, files = embedded(tmp_path, shards)

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.weights import load_module, load_staged, sha256, stage
+from pipeline.weights import architecture_of, load_module, load_staged, sha256, stage
 
 
 def test_random_weights_are_timms_own_initialisation() -> None:
@@ -60,7 +60,7 @@ def test_weights_that_do_not_fit_name_the_keys(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(UsageError) as e:
         load_module("test_vit", str(tmp_path / "w.pth"))
-    for part in ("missing keys: norm.weight", "unexpected keys: extra.bias", "head.weight (10, 64) for (1000, 64)"):
+    for part in ("missing keys: norm.weight", "unexpected keys: extra.bias", "head.bias (1000,) for (10,)"):
         assert part in str(e.value)
 
 
@@ -125,6 +125,16 @@ def test_a_local_folder_brings_its_own_classes_and_names(tmp_path: Path) -> None
     assert sha256(net.state_dict()) == sha256(stored)
     facts = facts_of(net, name)
     assert (facts.classes, facts.labels_source, facts.label_names[:2]) == (7, "model", ("n0", "n1"))
+
+
+def test_a_folders_own_configuration_is_part_of_the_set(tmp_path: Path) -> None:
+    """The same weights through other layers give other vectors: what config.json builds is part of the set."""
+    folder = save_local_dir(tmp_path / "m", 7, 7)
+    first = architecture_of(f"local-dir:{folder}")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": {"act_layer": "relu"}}))
+    assert architecture_of(f"local-dir:{folder}") != first == "test_vit {}"
+    assert architecture_of("pit_b_224.in1k") == "pit_b_224.in1k"
 
 
 def test_a_staged_file_is_the_weights_and_nothing_else(own_cache: Path) -> None:

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from pipeline import files, open_dataset
-from pipeline.config import Flat
-from pipeline.flat_rows import GROUP_BYTES, FlatWriter, flat_metadata
+from pipeline.config import TensorColumn
 from pipeline.listing import list_shards
 from pipeline.output import Root
+from pipeline.tensor_rows import GROUP_BYTES, TensorWriter, tensor_metadata
 from pipeline.verify import verify
 from pipeline.versions import collect, commit, current, published
 
@@ -31,14 +31,14 @@ ALL = ("embedding", "classes", "tokens", "features", "heads")
 MODEL = "pit_ti_distilled_224"
 
 
-def column(*shape: int, kind: str = "tokens", name: str = "tokens", dtype: str = "float16") -> Flat:
-    return Flat(kind=kind, column=name, source="x", shapes=(shape,), layouts=("NLC",), dtype=dtype)
+def column(*shape: int, kind: str = "tokens", name: str = "tokens", dtype: str = "float16") -> TensorColumn:
+    return TensorColumn(kind=kind, column=name, source="x", shapes=(shape,), layouts=("NLC",), dtype=dtype)
 
 
-def write(path: Path, flats: list[Flat], n: int, batch: int = 7) -> list[np.ndarray]:
+def write(path: Path, columns: list[TensorColumn], n: int, batch: int = 7) -> list[np.ndarray]:
     random = np.random.default_rng(0)
-    values = [random.normal(size=(n, f.size)).astype(f.dtype) for f in flats]
-    writer = FlatWriter(flats, path, {"shard2vec.set": "a@b"})
+    values = [random.normal(size=(n, f.size)).astype(f.dtype) for f in columns]
+    writer = TensorWriter(columns, path, {"shard2vec.set": "a@b"})
     for start in range(0, n, batch):
         rows = slice(start, min(n, start + batch))
         assert writer.rows([f"s/{i}" for i in range(n)[rows]], [v[rows] for v in values]) is None
@@ -48,8 +48,8 @@ def write(path: Path, flats: list[Flat], n: int, batch: int = 7) -> list[np.ndar
 
 def test_values_types_and_metadata(tmp_path: Path) -> None:
     """What went in comes out, flat, without nulls; shape, layout and source of each column are told as JSON."""
-    flats = [column(3, 5, kind="features", name="feature_0"), column(4, kind="features", name="feature_1")]
-    values = write(tmp_path / "x", flats, 20)
+    columns = [column(3, 5, kind="features", name="feature_0"), column(4, kind="features", name="feature_1")]
+    values = write(tmp_path / "x", columns, 20)
     table = pq.read_table(tmp_path / "x")
     assert table.schema.types == [pa.string(), pa.list_(pa.float16(), 15), pa.list_(pa.float16(), 4)]
     assert not any(f.nullable for f in table.schema)
@@ -66,9 +66,9 @@ def test_values_types_and_metadata(tmp_path: Path) -> None:
 
 def test_a_list_of_tensors_keeps_each_shape() -> None:
     """CrossViT's two sequences lie one after the other; the shapes say where one ends."""
-    flat = Flat(kind="tokens", column="tokens", source="x", shapes=((2, 3), (4, 5)), layouts=("NLC", "NLC"))
+    flat = TensorColumn(kind="tokens", column="tokens", source="x", shapes=((2, 3), (4, 5)), layouts=("NLC", "NLC"))
     assert flat.size == 26
-    told = {k.removeprefix("shard2vec."): json.loads(v) for k, v in flat_metadata([flat]).items()}
+    told = {k.removeprefix("shard2vec."): json.loads(v) for k, v in tensor_metadata([flat]).items()}
     assert told["shapes"] == {"tokens": [[2, 3], [4, 5]]} and told["layouts"] == {"tokens": ["NLC", "NLC"]}
 
 
@@ -86,7 +86,7 @@ def test_row_groups_go_by_bytes(shape: tuple[int, ...], most: int, tmp_path: Pat
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_is_named(bad: float, tmp_path: Path) -> None:
     """float16 ends at 65504: beyond it there is no row, but the id of the image."""
-    writer = FlatWriter([column(2, 2)], tmp_path / "x", {})
+    writer = TensorWriter([column(2, 2)], tmp_path / "x", {})
     values = np.ones((3, 4), np.float16)
     values[1, 2] = bad
     assert writer.rows(["a", "b", "c"], [values]) == "b"
@@ -199,10 +199,10 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     script = """
 import resource, sys, numpy as np
 from pathlib import Path
-from pipeline.config import Flat
-from pipeline.flat_rows import FlatWriter
-flat = Flat(kind="tokens", column="tokens", source="", shapes=((700, 768),), layouts=("NLC",))
-writer = FlatWriter([flat], Path(sys.argv[1]), {})
+from pipeline.config import TensorColumn
+from pipeline.tensor_rows import TensorWriter
+flat = TensorColumn(kind="tokens", column="tokens", source="", shapes=((700, 768),), layouts=("NLC",))
+writer = TensorWriter([flat], Path(sys.argv[1]), {})
 random = np.random.default_rng(0)
 for i in range(int(sys.argv[2])):
     writer.rows([f"{2 * i}", f"{2 * i + 1}"], [random.normal(size=(2, flat.size)).astype(np.float16)])

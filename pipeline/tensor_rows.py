@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Flat
+from pipeline.config import TensorColumn
 
 GROUP_BYTES = 16 * 2**20  # 55 rows of 197x768 float16
 GROUP_ROWS = 8192  # at most, of small rows, as the embeddings have
@@ -21,36 +21,37 @@ PREFIX = "shard2vec."  # of all our key-value metadata
 ARROW_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
 
-def flat_schema(flats: Sequence[Flat]) -> pa.Schema:
+def tensor_schema(columns: Sequence[TensorColumn]) -> pa.Schema:
     """`id`, then one fixed-size list a column."""
-    columns = [pa.field(f.column, pa.list_(ARROW_TYPES[f.dtype], f.size), nullable=False) for f in flats]
+    columns = [pa.field(f.column, pa.list_(ARROW_TYPES[f.dtype], f.size), nullable=False) for f in columns]
     return pa.schema([pa.field("id", pa.string(), nullable=False), *columns])
 
 
-def flat_metadata(flats: Sequence[Flat]) -> dict[str, str]:
+def tensor_metadata(columns: Sequence[TensorColumn]) -> dict[str, str]:
     """JSON by column: `shapes` of one row, `layouts` of a batch, `sources`; lists where a column holds several."""
-    several = {f.column: len(f.shapes) > 1 for f in flats}
-    shapes = {f.column: f.shapes if several[f.column] else f.shapes[0] for f in flats}
-    layouts = {f.column: f.layouts if several[f.column] else f.layouts[0] for f in flats}
-    entries = {"shapes": shapes, "layouts": layouts, "sources": {f.column: f.source for f in flats}}
+    several = {f.column: len(f.shapes) > 1 for f in columns}
+    shapes = {f.column: f.shapes if several[f.column] else f.shapes[0] for f in columns}
+    layouts = {f.column: f.layouts if several[f.column] else f.layouts[0] for f in columns}
+    entries = {"shapes": shapes, "layouts": layouts, "sources": {f.column: f.source for f in columns}}
     return {PREFIX + name: json.dumps(value) for name, value in entries.items()}
 
 
-class FlatWriter:
+class TensorWriter:
     """Rows of one kind, a batch at a time. What it holds is one row group, in arrays that are filled again."""
 
-    def __init__(self, flats: Sequence[Flat], path: Path, metadata: dict[str, str]):
-        self._flats, self._schema = tuple(flats), flat_schema(flats)
-        row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in flats)
+    def __init__(self, columns: Sequence[TensorColumn], path: Path, metadata: dict[str, str]):
+        self._columns, self._schema = tuple(columns), tensor_schema(columns)
+        row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in columns)
         self._group = max(1, min(GROUP_ROWS, GROUP_BYTES // row_bytes))
-        self._values = [np.empty((self._group, f.size), f.dtype) for f in flats]
+        self._values = [np.empty((self._group, f.size), f.dtype) for f in columns]
         self._ids: list[str] = []
-        self._digest = hashlib.sha256()
+        # Another version of a package may give other values for the same rows.
+        self._digest = hashlib.sha256(metadata.get(f"{PREFIX}packages", "").encode())
         # float16 with BYTE_STREAM_SPLIT breaks DuckDB's reader; of float32 it saves a sixth.
-        split = {f"{f.column}.list.element": "BYTE_STREAM_SPLIT" for f in flats if f.dtype == "float32"}
+        split = {f"{f.column}.list.element": "BYTE_STREAM_SPLIT" for f in columns if f.dtype == "float32"}
         self._writer = pq.ParquetWriter(
             path,
-            self._schema.with_metadata(metadata | flat_metadata(flats)),
+            self._schema.with_metadata(metadata | tensor_metadata(columns)),
             compression="zstd",
             use_dictionary=False,
             write_page_checksum=True,
@@ -77,7 +78,7 @@ class FlatWriter:
         return None
 
     def digest(self) -> str:
-        """Of the ids in their order: two files of a set with one digest hold the same rows."""
+        """Of the ids in their order and the packages' versions: files of a set with one digest hold the same rows."""
         return self._digest.hexdigest()
 
     def finish(self, metadata: dict[str, str]) -> None:
