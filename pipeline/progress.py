@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -45,16 +45,21 @@ class State:
 
     def __post_init__(self) -> None:
         self._rows = self._rejected = 0  # of finished shards
+        self._finished: dict[str, str] = {}  # worker → its last finished shard
 
-    def see(self, activities: Iterable[dict[str, Any]]) -> None:
-        """What is under way, as the actors say it, on top of what is finished; a second old, so it only goes up."""
-        activities = list(activities)
+    def see(self, said: dict[str, dict[str, Any]]) -> None:
+        """What is under way, as each worker says it, on top of what is finished; a second old, so it only goes up.
+
+        A worker with nothing more to do goes on saying what it did last.
+        """
+        activities = [a for worker, a in said.items() if self._finished.get(worker) != a["shard"]]
         self.images = max(self.images, self._rows + sum(a["images"] for a in activities))
         self.rejects = max(self.rejects, self._rejected + sum(a["rejects"] for a in activities))
 
     def finish(self, receipt: Receipt) -> None:
         """One shard more, with its exact counts."""
         self.shards_done += 1
+        self._finished[receipt.worker] = receipt.shard
         if receipt.files and receipt.embedded:
             self._rows += receipt.files.counts.rows
             self._rejected += receipt.files.counts.rejected

@@ -260,7 +260,7 @@ def _watched(
             continue
         last_looked = time.monotonic()
         said = actors.read_board(board)
-        state.see(said.values())
+        state.see(said)
         if len(said) > workers:  # each started under a name of its own
             say(f"{len(said) - workers} worker died and was started again: what it had not published is done again")
             workers = len(said)

@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline.versions import ShardFiles
 
 def receipt(worker: str, start: float, end: float, rows: int, rejects: int = 0, **seconds: float) -> Receipt:
     counts = Counts(rows + rejects, rows, {"corrupt": rejects} if rejects else {})
-    files = ShardFiles("s", "e", "a.parquet", 1, "b.parquet", 1, counts)
+    files = ShardFiles("s", "e", {"embeddings": "a.parquet"}, {"embeddings": 1}, counts)
     stages = dict.fromkeys(("read", "decode", "forward", "write"), 0.0) | seconds
     return Receipt(
         shard="s",
@@ -49,10 +50,12 @@ def test_the_busiest_stage_limits() -> None:
 def test_counts_go_up_and_end_exact() -> None:
     """Late and repeated ticks of the actors never make more images than there are when all is done."""
     state = State(set="x@1", shards=2)
-    state.see([{"images": 40, "rejects": 1}])
-    state.finish(receipt("a", 0, 1, 50, 2))
-    state.see([{"images": 50, "rejects": 2}])
-    assert state.images == 100
+    state.see({"a": {"shard": "s", "images": 40, "rejects": 1}})
+    state.finish(replace(receipt("a", 0, 1, 50, 2), shard="s"))
+    state.see({"a": {"shard": "s", "images": 50, "rejects": 2}})  # idle: the same shard still
+    assert state.images == 50
+    state.see({"a": {"shard": "t", "images": 20, "rejects": 0}})
+    assert (state.images, state.rejects) == (70, 2)
     state.finish(receipt("a", 1, 2, 30))
     state.settle()
     assert (state.shards_done, state.images, state.rejects) == (2, 80, 2)
