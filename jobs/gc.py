@@ -19,7 +19,7 @@ def gc(
     """
 
     def body() -> int:
-        from pipeline import progress, versions
+        from pipeline import garbage, progress, versions
 
         if keep < 1:
             raise UsageError(f"--keep {keep}: must be 1 or more, the current version always stays")
@@ -28,7 +28,7 @@ def gc(
         def live_sets() -> set[str]:
             return {run.set for run in progress.read_notes(root) if progress.is_alive(run)}
 
-        deleted = versions.collect_garbage(root, keep, live_sets)
+        deleted = garbage.collect_garbage(root, keep, live_sets)
         kept = versions.numbers(root)
         exits.say(f"shard2vec: deleted {len(deleted):,} files; versions kept: {', '.join(map(str, kept)) or 'none'}")
         if json:

@@ -88,6 +88,8 @@ def load_strictly(module: nn.Module, state: State, what: str, model: str, adapt:
         # own filter renames and resizes them, as timm does for `pretrained`.
         filtered = _filtered(module, fitted)
         before, fitted = fitted, _adapted(module, fitted if filtered is None else filtered, model, adapt)
+        if filtered is not None and "pos_embed" in before and "pos_embed" in filtered:
+            fitted["pos_embed"] = filtered["pos_embed"]  # moved to the grid above: as many patches would move again
         if _misfit(module, fitted):
             if problem:
                 raise UsageError(f"{what} do not fit {type(module).__name__}{_asked(adapt)}: {problem}")

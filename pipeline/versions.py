@@ -1,4 +1,4 @@
-"""What is done, what is committed, what may be deleted.
+"""What is done, and what is committed.
 
 A shard is done when its embeddings file lies under the name that (set, shard, input etag) gives; nothing else is
 remembered. A version is a numbered JSON, put create-only, that names a Parquet list of files of one set. Readers read
@@ -232,7 +232,7 @@ def read_version(root: Root, number: int | None = None) -> Version | None:
         number = known[-1]
     elif number not in known:
         raise UsageError(f"{root.url} has no version {number}: it has {', '.join(map(str, known)) or 'none'}")
-    name = _version_name(number)
+    name = version_name(number)
     try:
         return Version(**json.loads(root.read(name)))
     except (ValueError, TypeError) as e:
@@ -326,7 +326,7 @@ def commit(
             removed=removed(root, before, set_name, {f.shard for f in files}),
         )
         content = json.dumps(asdict(version), indent=1).encode()
-        if root.put_new(_version_name(version.version), content):
+        if root.put_new(version_name(version.version), content):
             return version
     raise StorageError(f"lost the race for a version number {COMMIT_TRIES} times: too many drivers on {root.url}")
 
@@ -344,7 +344,7 @@ def _row(f: ShardFiles) -> dict[str, Any]:
     return {"shard": f.shard, "etag": f.etag, **named, **counts, "counts": json.dumps(asdict(f.counts))}
 
 
-def _version_name(number: int) -> str:
+def version_name(number: int) -> str:
     return f"versions/{number:08d}.json"
 
 
@@ -372,32 +372,3 @@ def _listed(url: str, kind: str, number: int | None) -> tuple[Root, list[ShardFi
     if any(kind not in f.names for f in listed):
         raise UsageError(f"version {version.version} of {root.url} has no {kind}: it was embedded without")
     return root, listed
-
-
-# clean-up
-
-
-def collect_garbage(root: Root, keep: int, live_sets: Callable[[], set[str]]) -> list[str]:
-    """Deletes what none of the last `keep` versions names; returns the names of what went.
-
-    `live_sets`: the sets that runs are writing now. What such a set holds stays, and so does every list of files:
-    a commit may be about to name them. Candidates are listed first, so that what appears meanwhile is none of them;
-    old versions go first, so that no reader finds one whose files are gone.
-    """
-    candidates = [*root.list("versions"), *root.list("sets")]
-    live = live_sets()
-    known = numbers(root)
-    dropped, kept = known[:-keep], [current(root, n) for n in known[-keep:]]
-    named = {name for v in kept for f in read_list(root, v) for name in f.names.values()}
-    named |= {name for v in kept for name in (v.files, _version_name(v.version), f"sets/{v.set}/set.json")}
-    old_versions = [_version_name(n) for n in dropped]
-    garbage = [name for name in old_versions if name in candidates]
-    for name in candidates:
-        is_live = name.startswith("versions/") if live else False
-        is_live |= name.startswith("sets/") and name.split("/")[1] in live
-        if name not in named and name not in old_versions and not is_live:
-            garbage.append(name)
-    for name in garbage:
-        root.delete(name)
-    root.clear_scratch(OLD_SCRATCH_S)
-    return garbage

@@ -239,3 +239,14 @@ def test_positions_with_a_prefix_keep_it(stored) -> None:
     ours, plain = at(model, stored(model), 112, 448).state_dict()["pos_embed"], oracle.module(model).pos_embed
     assert torch.equal(ours[:, :2], plain[:, :2])
     assert torch.equal(ours, resample_abs_pos_embed(plain, [7, 28], [14, 14], num_prefix_tokens=2))
+
+
+def test_positions_are_moved_once_also_where_the_filter_has_work(tmp_path: Path) -> None:
+    """A flattened patch embedding brings timm's filter in; 80 x 320 has as many patches as 160 x 160."""
+    theirs = oracle.module("test_vit")
+    state = theirs.state_dict()
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    theirs.set_input_size(img_size=(80, 320))
+    ours = at("test_vit", str(tmp_path / "w.safetensors"), 80, 320).state_dict()
+    assert all(torch.allclose(ours[k], v, rtol=0, atol=1e-6) for k, v in theirs.state_dict().items())

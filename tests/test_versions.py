@@ -14,6 +14,7 @@ from pictures import jpeg
 
 from pipeline import versions
 from pipeline.errors import StorageError, UsageError
+from pipeline.garbage import collect_garbage
 from pipeline.listing import Shard, list_shards
 from pipeline.output import Root
 from pipeline.versions import ShardFiles
@@ -186,20 +187,20 @@ def three_versions(tmp_path: Path) -> tuple[Root, list[str]]:
 def test_gc_deletes_what_no_kept_version_names(tmp_path: Path) -> None:
     """Old versions, their files and unfinished shards go; what a kept version names stays."""
     root, names = three_versions(tmp_path)
-    deleted = versions.collect_garbage(root, 2, set)
+    deleted = collect_garbage(root, 2, set)
     assert versions.numbers(root) == [2, 3]
     assert names[0] in deleted and names[1] not in deleted
     assert any("/c-" in name for name in deleted)
     for number in (2, 3):
         assert versions.open_dataset(str(tmp_path / "out"), version=number).count_rows() == 2
-    assert versions.collect_garbage(root, 2, set) == []
+    assert collect_garbage(root, 2, set) == []
 
 
 def test_gc_leaves_the_work_of_a_living_run_alone(tmp_path: Path) -> None:
     """Nothing of a set that a run is writing goes: it may count on any file there, old ones that came back too."""
     root, _ = three_versions(tmp_path)
-    assert versions.collect_garbage(root, 1, lambda: {SET}) == ["versions/00000001.json", "versions/00000002.json"]
-    assert len(versions.collect_garbage(root, 1, set)) > 4
+    assert collect_garbage(root, 1, lambda: {SET}) == ["versions/00000001.json", "versions/00000002.json"]
+    assert len(collect_garbage(root, 1, set)) > 4
 
 
 def test_gc_does_not_touch_what_appears_while_it_looks(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_gc_does_not_touch_what_appears_while_it_looks(tmp_path: Path) -> None:
         versions.commit(root, SET, files)
         return set()
 
-    versions.collect_garbage(root, 1, commits_meanwhile)
+    collect_garbage(root, 1, commits_meanwhile)
     assert versions.current(root).version == 4
     assert versions.open_dataset(str(tmp_path / "out")).count_rows() == 2
 
