@@ -27,6 +27,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import RunConfig
 from pipeline.embed import Embedder, Job, Receipt, worker_name
@@ -42,7 +43,10 @@ OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass throug
 # One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
 # has a model and an interpreter of its own; 3 GB leave room beside pit_b's whole run of two, 4.8 GB with the driver.
 CPU_ACTOR_BYTES = 3 * 2**30
-RESTARTS = 4  # of one actor; Ray's own default is for ever
+# Ray starts dead workers again and again; what bounds it is ours: MAX_DEATHS a shard, and so many workers that died
+# before they were ready.
+RESTARTS = -1
+MAX_FALSE_STARTS = 4
 TICK_S = 1.0
 SHARDS_A_CALL = 8  # several, so that reading goes on over shard ends; few, so that a lost actor repeats little
 CALLS_AN_ACTOR = 4  # at least so many, so that the last ones even out
@@ -124,20 +128,40 @@ def _native_stderr_silenced() -> Iterator[None]:
 
 
 class Board:
-    """What each actor is at; a Ray actor, since actors live in other processes."""
+    """What each worker is at, and which shards it has under way; a Ray actor, since workers live in other processes.
+
+    A worker is a process: one that was started again is another. So who began a shard and did not end it is dead.
+    """
 
     def __init__(self) -> None:
         self._said: dict[str, dict[str, Any]] = {}
+        self._started: set[str] = set()
+        self._under_way: dict[str, set[str]] = {}  # shard → workers
+
+    def start(self, who: str) -> None:
+        self._started.add(who)
 
     def say(self, who: str, activity: dict[str, Any]) -> None:
         self._said[who] = activity
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        return self._said
+    def begin(self, who: str, shard: str) -> int:
+        """How many others began the shard and did not end it."""
+        workers = self._under_way.setdefault(shard, set())
+        workers.add(who)
+        return len(workers) - 1
+
+    def end(self, shard: str) -> None:
+        self._under_way.pop(shard, None)
+
+    def read(self) -> tuple[int, dict[str, dict[str, Any]]]:
+        """Workers started, and what those say that got ready."""
+        return len(self._started), self._said
 
 
 def make_board() -> Any:
-    return ray.remote(num_cpus=0, max_restarts=RESTARTS)(Board).remote()
+    """On this node, which lives as long as the run."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0, max_restarts=RESTARTS, scheduling_strategy=here)(Board).remote()
 
 
 class EmbedShards:
@@ -148,6 +172,8 @@ class EmbedShards:
 
         from pipeline.backbone import load_backbone
 
+        self._board, self._name = board, worker_name()
+        _asked(board.start.remote(self._name), None)
         torch.set_num_threads(job.torch_threads)
         vectors = job.vectors
         backbone = load_backbone(
@@ -161,13 +187,16 @@ class EmbedShards:
             batch_size=job.batch_size,
             tensors=vectors.tensors,
         )
-        self._embedder = Embedder(job, backbone)
-        self._board, self._name = board, worker_name()
+        self._embedder = Embedder(job, backbone, self._deaths)
         threading.Thread(target=self._tick, daemon=True).start()
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
         for receipt in self._embedder([pickle.loads(shard) for shard in batch["shard"]]):
+            self._board.end.remote(receipt.shard)
             yield {"receipt": [pickle.dumps(receipt)]}
+
+    def _deaths(self, shard: str) -> int:
+        return int(_asked(self._board.begin.remote(self._name, shard), 0))
 
     def _tick(self) -> None:
         while True:
@@ -175,12 +204,17 @@ class EmbedShards:
             time.sleep(TICK_S)
 
 
-def read_board(board: Any) -> dict[str, dict[str, Any]]:
-    """By actor, what it is at; empty while the board itself is not up or out of reach."""
+def read_board(board: Any) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Workers started, and by worker what it is at; nothing while the board is not up or out of reach."""
+    started, said = _asked(board.read.remote(), (0, {}))
+    return int(started), dict(said)
+
+
+def _asked(answer: Any, otherwise: Any) -> Any:
     try:
-        return dict(ray.get(board.read.remote(), timeout=BOARD_TIMEOUT_S))
+        return ray.get(answer, timeout=BOARD_TIMEOUT_S)
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-        return {}
+        return otherwise
 
 
 def cause(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import os
 import platform
 import queue
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from pipeline.config import Adapt, VectorSet
 from pipeline.errors import Reject, StorageError
 from pipeline.flow import ByteBudget, Flow
 from pipeline.images import Decoded, Decoder
+from pipeline.isolation import IsolatedDecoder
 from pipeline.listing import Shard
 from pipeline.output import Root
 from pipeline.rows import NotFinite, ShardWriter
@@ -39,6 +40,9 @@ FETCHERS = 16  # URL columns: requests under way at once, latency is all they co
 WRITES_WAITING = 4  # batches of vectors between device and writer …
 WAITING_BYTES = 128 * 2**20  # … and fewer where tokens or feature maps make them large
 STAGES = ("read", "decode", "forward", "write")
+# Of the workers that had a shard under way. After the first its images are decoded apart, so what goes on dying is not
+# due to them; several, as machines may be taken away under a shard that is sound.
+MAX_DEATHS = 8
 END = object()  # closes a shard's events
 
 
@@ -94,6 +98,7 @@ class Work:
     bytes_read: int = 0
     error: str | None = None
     files: ShardFiles | None = None  # found published: nothing to do
+    is_isolated: bool = False  # it took a worker down: its images are decoded in processes apart
 
 
 class Outcome(NamedTuple):
@@ -120,10 +125,13 @@ class Refused(NamedTuple):
 class Embedder:
     """Embeds shards one after the other with one backbone; call it again and again from one thread."""
 
-    def __init__(self, job: Job, backbone: Backbone):
+    def __init__(self, job: Job, backbone: Backbone, deaths: Callable[[str], int] = lambda shard: 0):
+        """`deaths`: asked when a shard is begun; how many workers died with it under way."""
         self.job, self.backbone, self.activity = job, backbone, Activity()
-        self._root = Root(job.output)
-        self._decoder = Decoder(job.vectors.preprocessing, exif_orientation=job.vectors.exif_orientation)
+        self._root, self._deaths = Root(job.output), deaths
+        preprocessing, upright = job.vectors.preprocessing, job.vectors.exif_orientation
+        self._decoder = Decoder(preprocessing, exif_orientation=upright)
+        self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright)
 
     def __call__(self, shards: Iterable[Shard]) -> Iterator[Receipt]:
         """One receipt a shard, in order, as each is published. Raises what is nobody's fault but ours."""
@@ -152,6 +160,7 @@ class Embedder:
                 fetchers.shutdown(wait=False, cancel_futures=True)
                 reader.join()
                 writer.join()
+                self._isolated.close()
 
     def _writes_waiting(self) -> int:
         row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in self.job.vectors.tensors)
@@ -173,20 +182,32 @@ class Embedder:
             try:
                 work.files = published(self._root, self.job.vectors.folder, shard)
                 if work.files is None:
+                    self._look_at_deaths(work)
                     for sample in _timed(read_samples(shard), work, "read"):
                         size = (sample.listed_bytes or FETCHED_BYTES) if sample.url else len(sample.image)
                         work.samples += 1
                         work.bytes_read += len(sample.image)
                         budget.take(size, flow)
                         fetched = fetchers.submit(fetch, sample) if sample.url and not sample.reject else None
-                        flow.put(feed, (work, sample, decoders.submit(self._decode, sample, fetched, budget, size)))
+                        flow.put(feed, (work, sample, decoders.submit(self._decode, work, sample, fetched, budget, size)))
                     if _has_changed(shard):
                         raise StorageError(f"{shard.url} changed while it was read: run again")
             except (StorageError, OSError) as e:
                 work.error = f"read: {e}"
             flow.put(feed, (work, None, None))
 
-    def _decode(self, sample: Sample, fetched: Future[bytes] | None, budget: ByteBudget, size: int) -> Outcome:
+    def _look_at_deaths(self, work: Work) -> None:
+        deaths = self._deaths(work.shard.name)
+        work.is_isolated = deaths > 0
+        if deaths >= MAX_DEATHS:
+            raise StorageError(
+                f"{deaths} workers died with this shard under way, and not by decoding its images: is there enough "
+                "memory? Else its file breaks what reads it"
+            )
+
+    def _decode(
+        self, work: Work, sample: Sample, fetched: Future[bytes] | None, budget: ByteBudget, size: int
+    ) -> Outcome:
         started = time.perf_counter()
         fetch_s = 0.0
         data = sample.image
@@ -196,7 +217,8 @@ class Embedder:
             if fetched:
                 data = fetched.result()
                 fetch_s = time.perf_counter() - started
-            return Outcome(self._decoder(data), len(data), fetch_s, time.perf_counter() - started - fetch_s)
+            decode = self._isolated if work.is_isolated else self._decoder
+            return Outcome(decode(data), len(data), fetch_s, time.perf_counter() - started - fetch_s)
         except Reject as why:
             return Outcome(why, len(data) or sample.size, fetch_s, time.perf_counter() - started - fetch_s)
         finally:
@@ -227,7 +249,7 @@ class Embedder:
                 try:
                     outcome: Outcome = flow.wait(future)
                 except (StorageError, OSError) as e:
-                    work.error = f"fetch: {e}"
+                    work.error = f"{self.activity.stage}: {e}"
                     continue
                 work.seconds["read"] += outcome.fetch_s
                 work.seconds["decode"] += outcome.decode_s

@@ -209,8 +209,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             for start in range(0, len(run.todo), WAVE_SHARDS):
                 board = actors.make_board()
                 coming = actors.embed_on_ray(job, run.todo[start : start + WAVE_SHARDS], board, pool, gpus)
-                fixed = pool[1] if pool[0] == pool[1] else sys.maxsize  # a pool that breathes starts workers too
-                for receipt in _watched(coming, board, fixed, state, display, run.config.stall_timeout_s, say):
+                for receipt in _watched(coming, board, pool, state, display, run.config.stall_timeout_s, say):
                     run.receipts.append(receipt)
                     if receipt.error:
                         run.failed.append(receipt)
@@ -228,7 +227,7 @@ def _check_failures(run: Run, finished: bool = False) -> None:
 def _watched(
     receipts: Iterator[Receipt],
     board: Any,
-    workers: int,
+    pool: tuple[int, int],
     state: State,
     display: Display,
     stall_timeout_s: float,
@@ -246,6 +245,7 @@ def _watched(
             arrived.put(e)
 
     threading.Thread(target=drain, daemon=True).start()
+    known = pool[1] if pool[0] == pool[1] else sys.maxsize  # a pool that breathes starts workers too
     moved_at = time.monotonic()
     last_seen, last_looked = (-1, -1), -POLL_S
     while True:
@@ -259,11 +259,14 @@ def _watched(
         if isinstance(item, Receipt) and time.monotonic() - last_looked < POLL_S:
             continue
         last_looked = time.monotonic()
-        said = actors.read_board(board)
+        started, said = actors.read_board(board)
         state.see(said)
-        if len(said) > workers:  # each started under a name of its own
-            say(f"{len(said) - workers} worker died and was started again: what it had not published is done again")
-            workers = len(said)
+        if (lost := started - len(said) - pool[1]) >= actors.MAX_FALSE_STARTS:
+            raise Failed(f"{lost} workers died before they had loaded the model: is there enough memory for it?")
+        if (died := len(said) - known) > 0:  # each started under a name of its own
+            who = "a worker" if died == 1 else f"{died} workers"
+            say(f"{who} died and had a successor: what was not published is done again, each image decoded apart")
+            known = len(said)
         display.show()
         if item is None:
             state.settle()

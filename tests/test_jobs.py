@@ -20,6 +20,7 @@ import torch
 from containers import write_parquet, write_tar
 from pictures import jpeg
 from PIL import Image
+from poison import environment, poison
 from torch.nn.functional import interpolate
 from typer.testing import CliRunner
 
@@ -257,9 +258,9 @@ def command(*args: object) -> list[str]:
     return [sys.executable, "-m", "jobs", *map(str, args)]
 
 
-def start(*args: object, **options: object) -> subprocess.Popen:
+def start(*args: object, env: dict[str, str] | None = None, **options: object) -> subprocess.Popen:
     """The real command in a process group of its own."""
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | (env or {})
     return subprocess.Popen(
         command(*args),
         env=env,
@@ -348,16 +349,31 @@ def test_an_interrupted_run_ends_soon_and_resumes(sent: signal.Signals, tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_time_and_no_row(tmp_path: Path) -> None:
-    """The actor is started again, its unpublished shards are done again, and stdout is still the result alone."""
+def test_a_killed_worker_and_images_that_kill_theirs_cost_time_and_no_row(tmp_path: Path) -> None:
+    """Workers are started again and unpublished shards done again; each deadly image is one reject, named.
+
+    Three of them lie in two shards, before and after sound ones. Stdout is still the result alone.
+    """
     shards, output = many_shards(tmp_path / "in"), tmp_path / "out"
-    run = start(*slow_args(shards, output), "--actors", 1)
+    images = {f"{i:03d}.jpg": jpeg(90, 70, seed=i) for i in range(24)}
+    write_tar(shards / "s6.tar", {"a.jpg": poison("segfault"), **images, "z.jpg": poison("out of memory")})
+    write_tar(shards / "s7.tar", images | {"010.jpg": poison("exit")})
+    run = start(*slow_args(shards, output), "--actors", 1, env=environment(tmp_path / "poison"))
     wait_for(lambda: list(output.rglob("embeddings/*.parquet")) or run.poll() is not None)
     os.kill(worker_of(run.pid), signal.SIGKILL)
     out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
-    assert "1 worker died and was started again" in err
-    assert len(out.splitlines()) == 1 and json.loads(out)["rows"] == 144
+    assert "died and had a successor" in err and "Traceback" not in err
+    told = json.loads(out)
+    assert len(out.splitlines()) == 1 and told["rows"] == 144 + 24 + 23
+    assert told["rejects"] == {"corrupt": 2, "too_large": 1, "truncated": 6}
+    rejects = versions.open_dataset(str(output), kind="rejects").to_table().to_pylist()
+    found = {r["id"]: r["message"] for r in rejects if not r["id"].endswith("/broken")}
+    assert found == {
+        "s6/a": "its decoder crashed (SIGSEGV)",
+        "s6/z": "its decoder was killed, as the system does where memory runs out",
+        "s7/010": "its decoder crashed (exit status 3)",
+    }
     assert call("verify", output, "--input", shards)[0] == 0
 
 
