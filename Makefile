@@ -2,13 +2,17 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test check lint types lock clean
+.PHONY: demo test chaos check lint types lock clean
 
 demo: .venv/ready
 	$(BIN)/shard2vec demo
 
 test: .venv/ready
 	$(BIN)/pytest
+
+# Kills, faults, races and rubbish, for about an hour; `make test` has a few of each.
+chaos: .venv/ready
+	$(BIN)/python tests/chaos.py
 
 check: lint types test
 

@@ -189,7 +189,9 @@ class Embedder:
                         work.bytes_read += len(sample.image)
                         budget.take(size, flow)
                         fetched = fetchers.submit(fetch, sample) if sample.url and not sample.reject else None
-                        flow.put(feed, (work, sample, decoders.submit(self._decode, work, sample, fetched, budget, size)))
+                        flow.put(
+                            feed, (work, sample, decoders.submit(self._decode, work, sample, fetched, budget, size))
+                        )
                     if _has_changed(shard):
                         raise StorageError(f"{shard.url} changed while it was read: run again")
             except (StorageError, OSError) as e:

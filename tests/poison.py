@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pictures import jpeg
 
-PATCH = '''
+PATCH = """
 import ctypes, os, signal, time
 from PIL import JpegImagePlugin
 
@@ -29,7 +29,7 @@ def poisoned(image):
     return load(image)
 
 JpegImagePlugin.JpegImageFile.load = poisoned
-'''
+"""
 
 
 def poison(kind: str) -> bytes:
