@@ -146,8 +146,7 @@ def _parsed(answer: bytes) -> tuple[dict[str, Any], bytes]:
 
 def serve(settings: dict[str, Any], source: BinaryIO, sink: BinaryIO) -> None:
     """Answers each image of `source` on `sink` by way of a child, until that ends; a dead child has a successor."""
-    given = settings["preprocessing"]
-    preprocessing = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    preprocessing = Preprocessing.of(settings["preprocessing"])  # JSON has no tuples
     decoder = Decoder(preprocessing, exif_orientation=settings["exif_orientation"])
     child: _Child | None = None
     while True:

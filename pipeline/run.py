@@ -1,11 +1,10 @@
 """The whole of `embed`, from top to bottom: list → plan → embed on Ray → collect → gate → commit."""
 
-import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,21 +16,13 @@ from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State, speed
 from pipeline.storage import digest, redact
+from pipeline.watch import Failed, Stalled, watch
 
 WAVE_SHARDS = 10_000  # Ray plans a wave at a time: 20,000 tasks cost it 30 s before the first block
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
-POLL_S = 0.5
 COMMITTED, FAILED, REFUSED, STALLED, INTERRUPTED = 0, 1, 3, 4, 130
 ENDS = {COMMITTED: "committed", FAILED: "failed", REFUSED: "refused", STALLED: "stalled", INTERRUPTED: "interrupted"}
 AGAIN = "run the same command to go on"
-
-
-class Stalled(Exception):
-    """No image and no shard was finished for the stall timeout; the message names the stage."""
-
-
-class Failed(Exception):
-    """Shards could not be embedded or committed; the same command goes on from there."""
 
 
 class Refused(Exception):
@@ -45,6 +36,7 @@ class Run:
     config: RunConfig
     root: Root
     shards: list[Shard]
+    before: int  # the version that was current when the shards were listed; 0 where there was none
     vectors: VectorSet
     labels: tuple[str, ...]
     module: Any  # the torch module, weights loaded
@@ -116,7 +108,8 @@ def plan(config: RunConfig) -> Run:
     """Lists the input, loads the model, and compares with what the output has. Reads no shard, writes nothing."""
     started = time.monotonic()
     root = versions.open_output(config.output)
-    shards = list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
+    before = versions.read_version(root)
+    shards = _list(config, root)
     device = backbone.resolve_device(config.device)
     if device == "cpu" and config.gpus_per_actor:
         raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
@@ -148,11 +141,11 @@ def plan(config: RunConfig) -> Run:
     done = versions.done(root, vectors.folder)
     todo = [s for s in shards if versions.file_name(vectors.folder, "embeddings", s.name, s.etag) not in done]
     check_columns(todo, config.columns)
-    before = versions.read_version(root)
     return Run(
         config=config,
         root=root,
         shards=shards,
+        before=before.version if before else 0,
         vectors=vectors,
         labels=labels,
         module=module,
@@ -161,6 +154,10 @@ def plan(config: RunConfig) -> Run:
         removed=versions.removed(root, before, vectors.name, {s.name for s in shards}),
         started=started,
     )
+
+
+def _list(config: RunConfig, root: Root) -> list[Shard]:
+    return list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
 
 
 def _outputs(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], int]:
@@ -209,7 +206,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             for start in range(0, len(run.todo), WAVE_SHARDS):
                 board = actors.make_board()
                 coming = actors.embed_on_ray(job, run.todo[start : start + WAVE_SHARDS], board, pool, gpus)
-                for receipt in _watched(coming, board, pool, state, display, run.config.stall_timeout_s, say):
+                for receipt in watch(coming, board, pool, state, display, run.config.stall_timeout_s, say):
                     run.receipts.append(receipt)
                     if receipt.error:
                         run.failed.append(receipt)
@@ -222,63 +219,6 @@ def _check_failures(run: Run, finished: bool = False) -> None:
     failed = run.failed
     if failed and (finished or (len(failed) >= FAILED_SHARDS and len(failed) > len(run.receipts) / 2)):
         raise Failed(f"{len(failed)} of {len(run.todo)} shards failed, the first one with: {failed[0].error}")
-
-
-def _watched(
-    receipts: Iterator[Receipt],
-    board: Any,
-    pool: tuple[int, int],
-    state: State,
-    display: Display,
-    stall_timeout_s: float,
-    say: Callable[[str], None],
-) -> Iterator[Receipt]:
-    """The same receipts, while progress is shown; raises `Stalled` when nothing moves, `Failed` when Ray gives up."""
-    arrived: queue.Queue[Any] = queue.Queue()
-
-    def drain() -> None:
-        try:
-            for receipt in receipts:
-                arrived.put(receipt)
-            arrived.put(None)
-        except Exception as e:  # whatever Ray raises in its own thread ends the run as a failure, with its message
-            arrived.put(e)
-
-    threading.Thread(target=drain, daemon=True).start()
-    known = pool[1] if pool[0] == pool[1] else sys.maxsize  # a pool that breathes starts workers too
-    moved_at = time.monotonic()
-    last_seen, last_looked = (-1, -1), -POLL_S
-    while True:
-        try:
-            item = arrived.get(timeout=POLL_S)
-        except queue.Empty:
-            item = ()
-        if isinstance(item, Receipt):
-            state.finish(item)
-            yield item
-        if isinstance(item, Receipt) and time.monotonic() - last_looked < POLL_S:
-            continue
-        last_looked = time.monotonic()
-        started, said = actors.read_board(board)
-        state.see(said)
-        if (lost := started - len(said) - pool[1]) >= actors.MAX_FALSE_STARTS:
-            raise Failed(f"{lost} workers died before they had loaded the model: is there enough memory for it?")
-        if (died := len(said) - known) > 0:  # each started under a name of its own
-            who = "a worker" if died == 1 else f"{died} workers"
-            say(f"{who} died and had a successor: what was not published is done again, each image decoded apart")
-            known = len(said)
-        display.show()
-        if item is None:
-            state.settle()
-            return
-        if isinstance(item, Exception):
-            raise Failed(f"the workers failed: {actors.cause(item)}") from item
-        seen = (state.shards_done, sum(a["steps"] for a in said.values()))
-        if seen != last_seen:
-            moved_at, last_seen = time.monotonic(), seen
-        elif time.monotonic() - moved_at > stall_timeout_s:
-            where = ", ".join(f"{a['stage']} of {a['shard'] or 'the first shard'}" for a in said.values())
-            raise Stalled(f"no progress for {stall_timeout_s:.0f} s in stage {where or 'start of the actors'}")
 
 
 class _terminated_as_interrupted:
@@ -315,12 +255,19 @@ def _commit(run: Run, files: Sequence[versions.ShardFiles], say: Callable[[str],
     """The version; None where metrics alone would take the place of vectors that readers use."""
 
     def stays(before: versions.Version) -> bool:
+        if before.version != run.before and _has_changed(run):
+            raise Failed(f"the input has changed, and version {before.version} of it was committed meanwhile")
         return run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before)
 
     version = versions.commit(run.root, run.vectors.name, files, stays)
     if version is None:
         say("the current version and its vectors stay: metrics make no version beside them")
     return version
+
+
+def _has_changed(run: Run) -> bool:
+    """Looks again: a run that stood still for a week must not bring back the input of that day."""
+    return [(s.name, s.etag) for s in _list(run.config, run.root)] != [(s.name, s.etag) for s in run.shards]
 
 
 def _reasons(rejects: dict[str, int]) -> str:

@@ -49,7 +49,9 @@ def faults(folder: Path, rng: random.Random, rounds: int) -> Score:
 def rubbish(folder: Path, rng: random.Random, seconds: int) -> Score:
     found = chaos_rubbish.run(seconds, rng.randrange(2**31))
     targets = {name: told for name, told in found.items() if isinstance(told, dict)}
-    wrong = [f"{name}: {told[how]} {how}: {told['found']}" for name, told in targets.items() for how in SPENT if told[how]]
+    wrong = [
+        f"{name}: {told[how]} {how}: {told['found']}" for name, told in targets.items() for how in SPENT if told[how]
+    ]
     inputs = sum(told["inputs"] for told in targets.values())
     samples = sum(told["rows"] + told["rejects"] for told in targets.values())
     peaks = {name: f"{told['peak_bytes'] / 2**20:.0f} MB at most" for name, told in targets.items()}

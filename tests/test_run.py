@@ -102,6 +102,38 @@ def test_a_dry_run_writes_nothing(shards: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_another_one_overtook_brings_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other has committed what the input is now: that stays, and the same command goes on from there.
+
+    Where only another set was committed meanwhile, both become versions.
+    """
+    from pipeline import run as run_module
+
+    write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})
+    root, gate = Root(str(tmp_path / "out")), run_module._gate
+
+    def overtaken(*args: object) -> None:
+        monkeypatch.undo()
+        meanwhile()
+        gate(*args)  # type: ignore[arg-type]
+
+    def meanwhile() -> None:
+        write_tar(tmp_path / "in" / "x.tar", {"b.jpg": jpeg()})
+        assert run(config(tmp_path / "in", tmp_path / "out")).json["version"] == 1
+
+    monkeypatch.setattr(run_module, "_gate", overtaken)
+    late = run(config(tmp_path / "in", tmp_path / "out"))
+    assert late.exit_code == FAILED and "version 1 of it was committed meanwhile; run the same" in late.message
+    assert versions.numbers(root) == [1] and set(rows(tmp_path / "out")) == {"x/b"}
+
+    def meanwhile() -> None:  # noqa: F811
+        assert run(config(tmp_path / "in", tmp_path / "out", normalize=True)).json["version"] == 2
+
+    monkeypatch.setattr(run_module, "_gate", overtaken)
+    again = run(config(tmp_path / "in", tmp_path / "out"))
+    assert (again.exit_code, again.json["version"], versions.current(root).set) == (COMMITTED, 3, again.json["set"])
+
+
 def test_only_what_changed_is_embedded(shards: Path, tmp_path: Path) -> None:
     """A changed, a new and a deleted shard: two are embedded, one is removed, the rest costs a listing entry."""
     work, output = tmp_path / "in", tmp_path / "out"

@@ -1,0 +1,108 @@
+"""Watches the receipts of a run come in: shows progress, tells of dead workers, and ends what stands still."""
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline import actors
+from pipeline.embed import Receipt
+from pipeline.progress import Display, State
+
+POLL_S = 0.5
+Activity = dict[str, Any]  # what a worker says that it is at: embed.Activity's fields
+
+
+class Stalled(Exception):
+    """No image and no shard was finished for the stall timeout; the message names the stage."""
+
+
+class Failed(Exception):
+    """Shards could not be embedded or committed; the same command goes on from there."""
+
+
+def watch(
+    receipts: Iterator[Receipt],
+    board: Any,
+    pool: tuple[int, int],
+    state: State,
+    display: Display,
+    stall_timeout_s: float,
+    say: Callable[[str], None],
+) -> Iterator[Receipt]:
+    """The same receipts, while progress is shown; raises `Stalled` when nothing moves, `Failed` when Ray gives up."""
+    arrived = _arriving(receipts)
+    workers, moves = _Workers(pool, say), _Moves(stall_timeout_s)
+    looked_at = -POLL_S
+    while True:
+        try:
+            item = arrived.get(timeout=POLL_S)
+        except queue.Empty:
+            item = ()
+        if isinstance(item, Receipt):
+            state.finish(item)
+            yield item
+            if time.monotonic() - looked_at < POLL_S:
+                continue
+        looked_at = time.monotonic()
+        started, said = actors.read_board(board)
+        state.see(said)
+        workers.see(started, said)
+        display.show()
+        if item is None:
+            state.settle()
+            return
+        if isinstance(item, Exception):
+            raise Failed(f"the workers failed: {actors.cause(item)}") from item
+        moves.see(state.shards_done, said)
+
+
+def _arriving(receipts: Iterator[Receipt]) -> "queue.Queue[Any]":
+    """The receipts, then None, or the exception that ended them."""
+    arrived: queue.Queue[Any] = queue.Queue()
+
+    def drain() -> None:
+        try:
+            for receipt in receipts:
+                arrived.put(receipt)
+            arrived.put(None)
+        except Exception as e:  # whatever Ray raises in its own thread ends the run as a failure, with its message
+            arrived.put(e)
+
+    threading.Thread(target=drain, daemon=True).start()
+    return arrived
+
+
+class _Workers:
+    """Tells of those that died; Ray starts each again, for ever if need be, so one that never gets ready ends here."""
+
+    def __init__(self, pool: tuple[int, int], say: Callable[[str], None]):
+        self._most, self._say = pool[1], say
+        self._known = pool[1] if pool[0] == pool[1] else sys.maxsize  # a pool that breathes starts workers too
+
+    def see(self, started: int, said: dict[str, Activity]) -> None:
+        lost = started - len(said) - self._most
+        if lost >= actors.MAX_FALSE_STARTS:
+            raise Failed(f"{lost} workers died before they had loaded the model: is there enough memory for it?")
+        died = len(said) - self._known  # each started under a name of its own
+        if died > 0:
+            who = "a worker" if died == 1 else f"{died} workers"
+            self._say(f"{who} died and had a successor: what was not published is done again, each image decoded apart")
+            self._known = len(said)
+
+
+class _Moves:
+    """Raises `Stalled` where shards and workers stand still for the timeout."""
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s, self._seen, self._at = timeout_s, (-1, -1), time.monotonic()
+
+    def see(self, shards_done: int, said: dict[str, Activity]) -> None:
+        seen = (shards_done, sum(a["steps"] for a in said.values()))
+        if seen != self._seen:
+            self._seen, self._at = seen, time.monotonic()
+        elif time.monotonic() - self._at > self._timeout_s:
+            where = ", ".join(f"{a['stage']} of {a['shard'] or 'the first shard'}" for a in said.values())
+            raise Stalled(f"no progress for {self._timeout_s:.0f} s in stage {where or 'start of the actors'}")

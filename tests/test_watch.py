@@ -1,0 +1,104 @@
+"""The promises of pipeline/watch.py, without Ray: what a run is told when its workers die or stand still."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pipeline import actors
+from pipeline.embed import STAGES, Receipt
+from pipeline.progress import Display, State
+from pipeline.watch import Failed, Stalled, watch
+
+
+def receipt(shard: str) -> Receipt:
+    seconds = dict.fromkeys(STAGES, 0.0)
+    return Receipt(
+        shard=shard,
+        files=None,
+        error="read: gone",
+        embedded=False,
+        bytes_read=0,
+        seconds=seconds,
+        started=0.0,
+        ended=1.0,
+        worker="w",
+    )
+
+
+def activity(steps: int, shard: str = "x", stage: str = "forward") -> dict[str, Any]:
+    return {"steps": steps, "images": steps, "rejects": 0, "stage": stage, "shard": shard}
+
+
+def watched(
+    boards: Iterator[tuple[int, dict[str, Any]]],
+    receipts: Iterator[Receipt],
+    patch: pytest.MonkeyPatch,
+    pool: tuple[int, int] = (1, 1),
+    stall_timeout_s: float = 60,
+) -> tuple[list[Receipt], list[str]]:
+    """What comes out, and what was said, where the board reads so, one after the other."""
+    patch.setattr("pipeline.watch.POLL_S", 0.01)
+    patch.setattr(actors, "read_board", lambda board: next(boards))
+    said = list[str]()
+    state = State(set="s", shards=9)
+    with Display(state) as display:
+        return list(watch(receipts, None, pool, state, display, stall_timeout_s, said.append)), said
+
+
+def slowly(*items: Receipt | Exception, wait_s: float = 0.1) -> Iterator[Receipt]:
+    for item in items:
+        time.sleep(wait_s)
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def test_receipts_pass_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, whatever the board says meanwhile."""
+    boards = itertools.repeat((1, {"w1": activity(1)}))
+    got, said = watched(boards, slowly(receipt("a"), receipt("b"), wait_s=0.02), monkeypatch)
+    assert [r.shard for r in got] == ["a", "b"] and said == []
+
+
+def test_a_worker_that_stands_still_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its stage and shard; before any worker is up it is their start."""
+    boards = itertools.repeat((1, {"w1": activity(7, "s3", "decode")}))
+    with pytest.raises(Stalled, match="no progress for 0 s in stage decode of s3"):
+        watched(boards, slowly(receipt("a"), wait_s=5), monkeypatch, stall_timeout_s=0.2)
+    with pytest.raises(Stalled, match="in stage start of the actors"):
+        watched(itertools.repeat((0, {})), slowly(receipt("a"), wait_s=5), monkeypatch, stall_timeout_s=0.2)
+
+
+def test_steps_alone_are_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard may take as long as it needs while its images move."""
+    boards = ((1, {"w1": activity(n // 5)}) for n in itertools.count())
+    got, _ = watched(boards, slowly(receipt("a"), wait_s=0.6), monkeypatch, stall_timeout_s=0.2)
+    assert len(got) == 1
+
+
+def test_dead_workers_are_told_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names of their successors; a pool that grows by itself starts workers too, and says nothing."""
+    names = [{f"w{i}": activity(i) for i in range(n)} for n in (1, 2, 2, 2, 4)]
+    boards = itertools.chain(((len(n), n) for n in names), itertools.repeat((4, names[-1])))
+    _, said = watched(boards, slowly(receipt("a")), monkeypatch)
+    assert [s.partition(" died")[0] for s in said] == ["a worker", "2 workers"]
+    boards = itertools.chain(((len(n), n) for n in names), itertools.repeat((4, names[-1])))
+    assert watched(boards, slowly(receipt("a")), monkeypatch, pool=(1, 4))[1] == []
+
+
+def test_workers_that_never_get_ready_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a few of them, whatever the stall timeout; as many as the pool has may be on their way."""
+    boards = ((n, {}) for n in itertools.count())
+    with pytest.raises(Failed, match="4 workers died before they had loaded the model"):
+        watched(boards, slowly(receipt("a"), wait_s=5), monkeypatch, pool=(2, 2))
+    got, _ = watched(itertools.repeat((5, {})), slowly(receipt("a")), monkeypatch, pool=(2, 2))
+    assert len(got) == 1
+
+
+def test_what_ray_raises_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the receipts that came before it."""
+    with pytest.raises(Failed, match="the workers failed: ValueError: no such column"):
+        watched(itertools.repeat((0, {})), slowly(receipt("a"), ValueError("no such column")), monkeypatch)
