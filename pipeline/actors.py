@@ -168,12 +168,12 @@ class EmbedShards:
     """Ray Data's callable: a batch of pickled shards in, a pickled receipt out for each as it is published."""
 
     def __init__(self, job: Job, board: Any):
+        self._board, self._name = board, worker_name()
+        _asked(board.start.remote(self._name), None)  # first: loading the model may be what kills it
         import torch
 
         from pipeline.backbone import load_backbone
 
-        self._board, self._name = board, worker_name()
-        _asked(board.start.remote(self._name), None)
         torch.set_num_threads(job.torch_threads)
         vectors = job.vectors
         backbone = load_backbone(

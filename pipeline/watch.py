@@ -85,7 +85,7 @@ class _Workers:
     def see(self, started: int, said: dict[str, Activity]) -> None:
         lost = started - len(said) - self._most
         if lost >= actors.MAX_FALSE_STARTS:
-            raise Failed(f"{lost} workers died before they had loaded the model: is there enough memory for it?")
+            raise Failed(f"{lost} workers died before they had loaded the model, as where memory runs out")
         died = len(said) - self._known  # each started under a name of its own
         if died > 0:
             who = "a worker" if died == 1 else f"{died} workers"
