@@ -1,0 +1,217 @@
+"""The promises of pipeline/ behind a network that fails: real S3 clients, a real server, and a proxy between them."""
+
+import functools
+import io
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import made
+import oracle
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from containers import serving, tar_bytes
+from fault_proxy import KINDS, FaultProxy, Faults
+from s3_server import S3Server
+
+from pipeline.errors import StorageError
+from pipeline.listing import Shard, list_shards
+from pipeline.output import Root
+from pipeline.retries import RangeReader
+from pipeline.shards import read_samples
+from pipeline.storage import list_files, open_input, read_bytes, resolve
+
+pytestmark = pytest.mark.slow
+
+BLOCK_BYTES = 500_000  # a range request's here: several of them a shard
+PART_BYTES = 5 * 2**20  # the smallest that S3 takes
+IMAGES = {f"{i:03}": bytes([i]) + os.urandom(50_000 + i) for i in range(32)}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shared_proxy(server: S3Server) -> Iterator[FaultProxy]:
+    with FaultProxy(server.endpoint, seed=4) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(
+    shared_proxy: FaultProxy, server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[FaultProxy]:
+    """Calm, and where the usual environment leads to; clients that wait one second for a byte of an answer."""
+    for name in [n for n in os.environ if n.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in (server.environment() | {"AWS_ENDPOINT_URL": shared_proxy.endpoint}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pipeline.storage.READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("pipeline.storage.RangeReader", functools.partial(RangeReader, block_bytes=BLOCK_BYTES))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    forget_clients()
+    shared_proxy.calm()
+    yield shared_proxy
+    shared_proxy.calm()
+    forget_clients()
+
+
+@pytest.fixture
+def bucket(server: S3Server, proxy: FaultProxy, request: pytest.FixtureRequest) -> str:
+    return f"s3://{server.create_bucket(f'b{abs(hash(request.node.nodeid))}')}"
+
+
+def forget_clients() -> None:
+    """fsspec keeps a client for each set of arguments; environment and timeouts are none of them."""
+    for scheme in ("s3", "http"):
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
+
+
+def put(server: S3Server, url: str, content: bytes) -> None:
+    """Past the proxy."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    server.client().put_object(Bucket=bucket, Key=key, Body=content)
+
+
+def get(server: S3Server, url: str) -> bytes:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return bytes(server.client().get_object(Bucket=bucket, Key=key)["Body"].read())
+
+
+def tar(images: dict[str, bytes]) -> bytes:
+    return tar_bytes({f"{key}.jpg": image for key, image in images.items()})
+
+
+def parquet(images: dict[str, bytes]) -> bytes:
+    sink = io.BytesIO()
+    table = pa.table({"id": list(images), "image": pa.array(list(images.values()), pa.binary())})
+    pq.write_table(table, sink, row_group_size=8, use_dictionary=False, compression="none")
+    return sink.getvalue()
+
+
+def put_shards(server: S3Server, bucket: str) -> list[Shard]:
+    put(server, f"{bucket}/in/a.tar", tar(IMAGES))
+    put(server, f"{bucket}/in/b.parquet", parquet(IMAGES))
+    return [list_shards([f"{bucket}/in/{name}"])[0] for name in ("a.tar", "b.parquet")]
+
+
+def read(shard: Shard) -> dict[str, bytes]:
+    """Key → image of a shard in which nothing is rejected or doubled."""
+    samples = list(read_samples(shard))
+    assert not [s.reject for s in samples if s.reject]
+    found = {s.key: s.image for s in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+def first(count: int, method: str, word: str = "") -> Callable[[str, str], bool]:
+    """Hits the first requests of a method whose path holds a word."""
+    left = itertools.count(count, -1)
+    return lambda m, path: m == method and word in path and next(left) > 0
+
+
+# Reading
+
+
+@pytest.mark.parametrize("kinds", [*[(kind,) for kind in KINDS], KINDS], ids=[*KINDS, "all"])
+def test_shards_come_whole_where_requests_fail(
+    bucket: str, server: S3Server, proxy: FaultProxy, kinds: tuple[str, ...]
+) -> None:
+    """Three of ten requests fail, in every way: the images of a tar and of a Parquet file are the stored ones."""
+    shards = put_shards(server, bucket)
+    proxy.calm()
+    proxy.faults = Faults(share=0.3, kinds=kinds, burst=2)
+    for shard in shards:
+        began = time.monotonic()
+        assert read(shard) == IMAGES
+        print(shard.name, time.monotonic() - began)
+    print(*proxy.log, sep="\n")
+    counted = proxy.calm()
+    assert sum(counted.values()) >= 2 and set(counted) <= {*kinds, "lost_answer"}
+
+
+def test_a_cut_answer_is_gone_on_with_where_it_ended(bucket: str, server: S3Server, proxy: FaultProxy) -> None:
+    """A link that cuts every answer behind 200,000 bytes gives the whole shard, at once and without a byte twice."""
+    (shard, _) = put_shards(server, bucket)
+    proxy.faults = Faults(share=1, kinds=("cut",), cut_at=200_000)
+    began = time.monotonic()
+    assert read(shard) == IMAGES
+    seconds = time.monotonic() - began
+    log = list(proxy.log)
+    starts = [int(e.range.removeprefix("bytes=").partition("-")[0]) for e in log]
+    assert starts == sorted(starts) and len(set(starts)) == len(starts) >= shard.size // 200_000
+    # What a client had not taken from its socket when the reset came is sent again: not more than it buffers.
+    assert sum(e.sent for e in log) <= shard.size + len(log) * 2**17
+    assert seconds < 5, "resuming does not wait: the store is there"
+
+
+def test_a_whole_object_is_read_like_a_shard(bucket: str, server: S3Server, proxy: FaultProxy) -> None:
+    """Weights, labels and lists: one request, and after a cut the rest alone."""
+    content = os.urandom(1_000_000)
+    put(server, f"{bucket}/w.safetensors", content)
+    assert read_bytes(f"{bucket}/w.safetensors") == content and [e.range for e in proxy.log] == [""]
+    proxy.calm()
+    proxy.faults = Faults(share=1, kinds=("cut",), cut_at=600_000, hits=first(1, "GET"))
+    assert read_bytes(f"{bucket}/w.safetensors") == content
+    assert [e.fault for e in proxy.log] == ["cut", ""] and proxy.log[1].sent < 600_000
+
+
+@pytest.mark.parametrize("other", [dict(zip(IMAGES, reversed(IMAGES.values()), strict=True)), {"000": b"one image"}])
+def test_a_shard_that_is_replaced_while_it_is_read_is_noticed(
+    bucket: str, server: S3Server, other: dict[str, bytes]
+) -> None:
+    """With the same size, or shorter: never a sample of the other content, and no reject in its place."""
+    for shard, made_of in zip(put_shards(server, bucket), (tar, parquet), strict=True):
+        samples = read_samples(shard)
+        found = {s.key: s.image for s in itertools.islice(samples, 3)}
+        put(server, shard.url, made_of(other))
+        with pytest.raises(StorageError, match=rf"{shard.url} changed while it was read.*: run again"):
+            found |= {s.key: s.image for s in samples if not s.reject or pytest.fail(str(s.reject))}
+        assert found.items() <= IMAGES.items()
+
+
+def test_a_shard_replaced_before_it_is_read_costs_its_receipt_only(
+    bucket: str, server: S3Server, shards: Path
+) -> None:
+    """Between listing and reading: nothing is published under the old name, other shards go on."""
+    for name in ("one", "two"):
+        put(server, f"{bucket}/in/{name}.tar", (shards / f"a/{name}.tar").read_bytes())
+    listed = list_shards([f"{bucket}/in"])
+    put(server, f"{bucket}/in/one.tar", (shards / "a/one.tar").read_bytes().replace(b"photo_1", b"photo_X"))
+    changed, kept = made.embed(made.job(f"{bucket}/out"), listed)
+    assert "changed while it was read: run again" in (changed.error or "") and changed.files is None
+    assert kept.error is None and list(Root(f"{bucket}/out").list("sets")) == sorted(kept.files.names.values())
+
+
+def test_a_stall_is_noticed(bucket: str, server: S3Server, proxy: FaultProxy) -> None:
+    """An answer that stops midway costs its timeout, here a second, and not the stall's half a minute."""
+    (shard, _) = put_shards(server, bucket)
+    proxy.faults = Faults(share=1, kinds=("stall",), stall_s=30, cut_at=100_000, hits=first(2, "GET"))
+    began = time.monotonic()
+    assert read(shard) == IMAGES and proxy.injected == {"stall": 2}
+    assert 2 < time.monotonic() - began < 10
+
+
+def test_a_listing_is_whole_or_not_at_all(bucket: str, server: S3Server, proxy: FaultProxy) -> None:
+    """Pages fail midway, objects looked at fail: every key is listed once, none is taken for gone."""
+    for i in range(20):
+        put(server, f"{bucket}/in/{i:02}.tar", bytes(i))
+    resolve(bucket)[0].s3_additional_kwargs["MaxKeys"] = 4
+    calm = list_files(f"{bucket}/in")
+    assert len(calm) == 20 and len(proxy.log) >= 5
+    proxy.faults = Faults(share=0.3, burst=2)
+    assert list_files(f"{bucket}/in") == list_files(f"{bucket}/in/*.tar") == calm
+    assert [list_files(e.url) for e in calm[:4]] == [[e] for e in calm[:4]]
+    assert sum(proxy.injected.values()) >= 3
+
+
