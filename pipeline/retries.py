@@ -22,7 +22,7 @@ from pipeline.errors import StorageError
 READ_BLOCK_BYTES = 16 * 2**20  # one range request: long enough to hide its latency, small beside the images under way
 PROGRESS_BYTES = 2**16  # an answer that broke off behind so many was no failed attempt: the next one goes on from there
 ATTEMPTS = 16  # and no new one after GIVE_UP_S: a store that is away for a minute costs no shard
-WAIT_S, WAIT_MAX_S, GIVE_UP_S = 0.2, 10.0, 90.0
+WAIT_S, JITTER_S, WAIT_MAX_S, GIVE_UP_S = 0.2, 0.3, 10.0, 90.0
 MESSAGE_CHARS = 300  # of a client's message; botocore's longest recite their regular expressions
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 FINAL_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EINVAL}
@@ -66,7 +66,12 @@ def retrying(
         if is_local(fs):
             return call()
         for attempt in stamina.retry_context(
-            on=_may_pass, attempts=ATTEMPTS, timeout=give_up_s, wait_initial=WAIT_S, wait_max=WAIT_MAX_S
+            on=_may_pass,
+            attempts=ATTEMPTS,
+            timeout=give_up_s,
+            wait_initial=WAIT_S,
+            wait_jitter=JITTER_S,
+            wait_max=WAIT_MAX_S,
         ):
             with attempt:
                 return call()

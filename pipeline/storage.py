@@ -76,7 +76,9 @@ def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         fs.retries = 1
         fs.config_kwargs.setdefault("retries", {"total_max_attempts": 3, "mode": "standard"})
         fs.config_kwargs.setdefault("read_timeout", READ_TIMEOUT_S)
-    if isinstance(fs, HTTPFileSystem):  # aiohttp's own: 300 s for an answer, which a slow one needs and a dead one wastes
+    if isinstance(
+        fs, HTTPFileSystem
+    ):  # aiohttp's own: 300 s for an answer, which a slow one needs and a dead one wastes
         fs.client_kwargs.setdefault("timeout", aiohttp.ClientTimeout(sock_connect=5, sock_read=READ_TIMEOUT_S))
     return fs, str(fs._strip_protocol(url))
 

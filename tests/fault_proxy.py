@@ -24,7 +24,9 @@ SLOW_DOWN = (
     b"<Message>Please reduce your request rate.</Message><RequestId>F0</RequestId></Error>"
 )
 BAD_GATEWAY = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
-FORBIDDEN = SLOW_DOWN.replace(b"SlowDown", b"AccessDenied").replace(b"Please reduce your request rate.", b"Access Denied.")
+FORBIDDEN = SLOW_DOWN.replace(b"SlowDown", b"AccessDenied").replace(
+    b"Please reduce your request rate.", b"Access Denied."
+)
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect"}  # this side of the proxy's alone
 CHUNK_BYTES = 2**16
 MAX_BODY_BYTES = 2**30
@@ -90,9 +92,10 @@ class FaultProxy:
         """Until then every connection is reset, the open ones too."""
         self._dark_until = time.monotonic() + seconds
 
-    def calm(self) -> Counter[str]:
-        """No faults from here on; what was injected since the last time, and the log, are forgotten."""
+    def calm(self, seed: int | None = None) -> Counter[str]:
+        """No faults from here on; returns what was injected since the last time, and forgets that and the log."""
         self.faults, self._burst, counted = Faults(), 0, Counter(self.injected)
+        self._random.seed(self.seed if seed is None else seed)
         self.log.clear()
         self.injected.clear()
         return counted
@@ -187,7 +190,9 @@ class FaultProxy:
         self._burst = faults.burst - 1 if kind == "slow_down" else 0
         return kind
 
-    def _refuse(self, request: web.BaseRequest, kind: str, status: int, body: bytes, of: str = "application/xml") -> web.Response:
+    def _refuse(
+        self, request: web.BaseRequest, kind: str, status: int, body: bytes, of: str = "application/xml"
+    ) -> web.Response:
         sent = 0 if request.method == "HEAD" else len(body)
         self._note(request, kind, 0, sent)
         return web.Response(status=status, body=body, content_type=of)
@@ -200,9 +205,7 @@ class FaultProxy:
     def _note(self, request: web.BaseRequest, fault: str, status: int, sent: int) -> None:
         asked = request.headers.get("Range", "")
         self.log.append(
-            Exchange(
-                method=request.method, path=request.raw_path, range=asked, fault=fault, status=status, sent=sent
-            )
+            Exchange(method=request.method, path=request.raw_path, range=asked, fault=fault, status=status, sent=sent)
         )
         if fault:
             self.injected[fault] += 1
