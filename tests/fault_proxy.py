@@ -37,9 +37,9 @@ class Faults:
     """What goes wrong. `share` of the requests that `hits` take one of `kinds`, drawn by the proxy's seed.
 
     `slow_down`: 503, and so `burst` requests in a row. `bad_gateway`: 502 and a page of HTML, as load balancers give.
-    `reset`: before the store hears of it. `cut` and `stall`: midway through the answer's body, or behind `cut_at` bytes;
-    a stall holds for `stall_s`. `lost_answer`: the store has done what was asked. Answers without a body are lost where
-    they would be cut.
+    `reset`: before the store hears of it. `cut` and `stall`: midway through the answer's body, or behind `cut_at` bytes
+    of longer ones; a stall holds for `stall_s`. `lost_answer`: the store has done what was asked. Answers without a
+    body are lost where they would be cut.
     """
 
     share: float = 0.0

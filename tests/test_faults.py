@@ -4,13 +4,14 @@ import functools
 import io
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import botocore.config  # type: ignore[import-untyped]
+import botocore.session  # type: ignore[import-untyped]
 import fsspec
 import made
 import oracle
@@ -78,15 +79,21 @@ def forget_clients() -> None:
         fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
+@functools.cache
+def client_of(server: S3Server) -> Any:
+    """Half a second to make."""
+    return server.client()
+
+
 def put(server: S3Server, url: str, content: bytes) -> None:
     """Past the proxy."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
-    server.client().put_object(Bucket=bucket, Key=key, Body=content)
+    client_of(server).put_object(Bucket=bucket, Key=key, Body=content)
 
 
 def get(server: S3Server, url: str) -> bytes:
     bucket, _, key = url.removeprefix("s3://").partition("/")
-    return bytes(server.client().get_object(Bucket=bucket, Key=key)["Body"].read())
+    return bytes(client_of(server).get_object(Bucket=bucket, Key=key)["Body"].read())
 
 
 def tar(images: dict[str, bytes]) -> bytes:
@@ -217,17 +224,71 @@ def test_a_listing_is_whole_or_not_at_all(bucket: str, server: S3Server, proxy: 
     assert sum(proxy.injected.values()) >= 2
 
 
+# Web servers
+
+
+def signed(server: S3Server, proxy: FaultProxy, url: str) -> str:
+    """A plain web address of an S3 object, through the proxy."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    behind = botocore.session.Session().create_client(
+        "s3",
+        endpoint_url=proxy.endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=server.key,
+        aws_secret_access_key=server.secret,
+        config=botocore.config.Config(signature_version="s3v4", s3={"addressing_style": "path"}),
+    )
+    return str(behind.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}))
+
+
+def test_a_web_server_with_ranges_is_read_as_a_store_is(bucket: str, server: S3Server, proxy: FaultProxy) -> None:
+    """Through every fault, going on behind a cut; what is replaced meanwhile is an error that shows no signature."""
+    (shard, _) = put_shards(server, bucket)
+    url, content = signed(server, proxy, shard.url), tar(IMAGES)
+    assert list_files(url)[0].size == len(content)
+    proxy.calm()
+    proxy.faults = Faults(share=1, kinds=("cut",), cut_at=200_000)
+    assert open_input(url, shard.size).read() == content
+    assert len(content) <= sum(e.sent for e in proxy.log) < 1.5 * len(content)
+    proxy.calm()
+    proxy.faults = Faults(share=0.3)
+    assert open_input(url, shard.size).read() == content == read_bytes(url) and proxy.injected.total() >= 1
+    proxy.calm()
+    reader = open_input(url, shard.size)
+    assert reader.read(1000) == content[:1000]
+    put(server, shard.url, tar(dict(zip(IMAGES, reversed(IMAGES.values()), strict=True))))
+    with pytest.raises(StorageError, match="changed while it was read") as caught:
+        reader.read()
+    assert "Signature" not in str(caught.value)
+
+
+def test_a_web_server_without_ranges_is_asked_again_for_the_whole(proxy: FaultProxy, tmp_path: Path) -> None:
+    """A cut answer is never taken for the object, nor its rest for its beginning; a stall is noticed there too."""
+    content = os.urandom(700_000)
+    (tmp_path / "x.tar").write_bytes(content)
+    with serving(tmp_path) as upstream, FaultProxy(upstream) as before:
+        before.faults = Faults(share=1, kinds=("cut", "stall"), stall_s=30, cut_at=300_000, hits=first(3, "GET"))
+        reader = open_input(f"{before.endpoint}/x.tar", len(content))
+        reader.seek(600_000)
+        assert reader.read(1000) == content[600_000:601_000]
+        assert reader.seek(0) == 0 and reader.read() == content
+        assert [e.sent for e in before.log] == [300_000] * 3 + [700_000]
+        before.faults = Faults(share=1, kinds=("cut",), cut_at=300_000, hits=first(1, "GET"))
+        assert read_bytes(f"{before.endpoint}/x.tar") == content
+
+
 # Writing
 
 
 def uploads(server: S3Server, bucket: str) -> list[Any]:
     """Parts that were never put together: they cost money and no listing shows them."""
-    found = server.client().list_multipart_uploads(Bucket=bucket.removeprefix("s3://"))
+    found = client_of(server).list_multipart_uploads(Bucket=bucket.removeprefix("s3://"))
     return list(found.get("Uploads", []))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "parts"])
-@pytest.mark.parametrize("fault", ["lost_answer", "slow_down", "cut"])
+@pytest.mark.parametrize(
+    ("kind", "fault"), [("bytes", "lost_answer"), ("bytes", "slow_down"), ("parts", "lost_answer"), ("parts", "cut")]
+)
 def test_a_put_whose_answer_is_lost_is_one_whole_object(
     bucket: str,
     server: S3Server,

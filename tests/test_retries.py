@@ -39,10 +39,12 @@ def test_a_conflict_is_tried_again_and_a_failed_precondition_is_not(flaky: type[
     root = Root("flaky://out")
     flaky.writes = [client_error(409, "ConditionalRequestConflict"), client_error(503, "SlowDown")]
     assert root.put_new("x", b"content") and flaky.calls == 3
+    flaky.writes = [client_error(404, "NoSuchUpload")]  # AWS's answer to the end of an upload that has ended already
+    assert root.put_new("z", b"content") and flaky.calls == 5
     for code in ("PreconditionFailed", "412"):
         flaky.writes = [client_error(412, code)]
         assert not root.put_new("y", b"content")
-    assert root.list("") == {"x": 7}
+    assert root.list("") == {"x": 7, "z": 7}
 
 
 @pytest.mark.parametrize(
