@@ -7,6 +7,7 @@ Local errors come at once, the store's after bounded retries: `FileNotFoundError
 import errno
 import io
 import re
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -21,7 +22,7 @@ from pipeline.errors import StorageError
 
 READ_BLOCK_BYTES = 16 * 2**20  # one range request: long enough to hide its latency, small beside the images under way
 PROGRESS_BYTES = 2**16  # an answer that broke off behind so many was no failed attempt: the next one goes on from there
-ATTEMPTS = 16  # and no new one after GIVE_UP_S: a store that is away for a minute costs no shard
+ATTEMPTS = 16  # and no new one GIVE_UP_S after the first failure: a store that is away for a minute costs no shard
 WAIT_S, JITTER_S, WAIT_MAX_S, GIVE_UP_S = 0.2, 0.3, 10.0, 90.0
 MESSAGE_CHARS = 300  # of a client's message; botocore's longest recite their regular expressions
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -29,8 +30,9 @@ FINAL_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPE
 # What the clients behind fsspec raise when they do not turn a failure into an OSError themselves.
 CLIENT_MODULES = {"aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "azure", "requests", "urllib3"}
 FINAL_CLIENT_ERRORS = re.compile("Credential|Token|Auth|Profile|Region|ParamValidation|InvalidURL")
-# A put in parts whose last answer was lost: its retry finds no such upload, and a new one finds the object.
-NO_UPLOAD = "NoSuchUpload"
+# S3's words for what passes though its status says otherwise: bytes of ours that were lost or altered on their way, and
+# the end of an upload in parts that has ended already, its answer lost: a new upload then finds the object.
+PASSING = {"IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
 BY_STATUS = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError, 412: FileExistsError}
 
 T = TypeVar("T")
@@ -62,13 +64,20 @@ def retrying(
     fs: fsspec.AbstractFileSystem, verb: str, url: str, call: Callable[[], T], give_up_s: float = GIVE_UP_S
 ) -> T:
     """`call()` until it works: bounded in attempts and time, and only for what may pass. Local files: once."""
+    failed_at: float | None = None
+
+    def is_tried_again(e: Exception) -> bool:
+        nonlocal failed_at
+        failed_at = failed_at or time.monotonic()  # not the start: an upload of minutes that fails is worth another
+        return _may_pass(e) and time.monotonic() - failed_at <= give_up_s
+
     try:
         if is_local(fs):
             return call()
         for attempt in stamina.retry_context(
-            on=_may_pass,
+            on=is_tried_again,
             attempts=ATTEMPTS,
-            timeout=give_up_s,
+            timeout=None,
             wait_initial=WAIT_S,
             wait_jitter=JITTER_S,
             wait_max=WAIT_MAX_S,
@@ -86,7 +95,7 @@ def retrying(
 
 def _may_pass(e: Exception) -> bool:
     e = _told(e)
-    if _code(e) == NO_UPLOAD:
+    if _code(e) in PASSING:
         return True
     if isinstance(e, FINAL):
         return False

@@ -39,7 +39,7 @@ class Faults:
     `slow_down`: 503, and so `burst` requests in a row. `bad_gateway`: 502 and a page of HTML, as load balancers give.
     `reset`: before the store hears of it. `cut` and `stall`: midway through the answer's body, or behind `cut_at` bytes
     of longer ones; a stall holds for `stall_s`. `lost_answer`: the store has done what was asked. Answers without a
-    body are lost where they would be cut.
+    body are lost where they would be cut, and kept back whole where they would stall.
     """
 
     share: float = 0.0
@@ -142,6 +142,9 @@ class FaultProxy:
         status, headers, content = await self._ask(request, body)
         if time.monotonic() < self._dark_until:
             return self._reset(request, "outage", status)
+        if kind == "stall" and not content:
+            await asyncio.sleep(faults.stall_s)
+            return self._reset(request, kind, status)
         if kind == "lost_answer" or (kind and not content):
             return self._reset(request, "lost_answer", status)
         if faults.cut_at is not None and len(content) <= faults.cut_at:
