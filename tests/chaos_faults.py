@@ -81,7 +81,7 @@ class Chaos:
         faults = self._draw()
         with self._disturbed(faults):
             if self._random.random() < 0.2:
-                self._proxy.outage(self._random.uniform(0.5, 4))
+                self._proxy.outage(self._random.choice((1.0, 4.0, 10.0)))
             began = time.monotonic()
             found = self._embedded(source, f"out-{number}", replaced)
             self.tally.slowdowns.append((time.monotonic() - began) / self._undisturbed_s)
