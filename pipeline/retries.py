@@ -198,19 +198,19 @@ class Piece:
             if _status(e) == 416:
                 raise self._changed() from e
             # A stall has cost its timeout: it counts.
-            if (
-                isinstance(e, TimeoutError)
-                or not self._is_range
-                or self.at - begun < PROGRESS_BYTES
-                or not _may_pass(e)
-            ):
+            if isinstance(e, TimeoutError) or not self._has_progressed(begun) or not _may_pass(e):
                 raise
             return False
         wanted = self.size if end is None else end
         if wanted is not None and self.at < wanted:
+            if self._has_progressed(begun):
+                return False
             raise OSError(errno.EIO, f"bytes {begun}-{wanted}: the store gave {self.at - begun} of {wanted - begun}")
         self.size = self.at if self.size is None else self.size
         return True
+
+    def _has_progressed(self, begun: int) -> bool:
+        return self._is_range and self.at - begun >= PROGRESS_BYTES
 
     async def _from_s3(self, end: int | None) -> None:
         # s3fs' own `cat_file` shows no etag, drops what came of a cut answer, asks for the size first where the whole

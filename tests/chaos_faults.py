@@ -33,7 +33,7 @@ from fault_proxy import KINDS, FaultProxy, Faults  # noqa: E402
 from s3_server import S3Server  # noqa: E402
 
 from pipeline import versions  # noqa: E402
-from pipeline.errors import StorageError  # noqa: E402
+from pipeline.errors import StorageError, UsageError  # noqa: E402
 from pipeline.listing import Shard, list_shards  # noqa: E402
 from pipeline.output import Root  # noqa: E402
 from pipeline.verify import verify  # noqa: E402
@@ -145,7 +145,7 @@ class Chaos:
                 version = versions.commit(root, job.vectors.name, files)
                 assert version is not None
                 return self._verified(root, version, listed)
-            except StorageError:
+            except (StorageError, UsageError):  # the second: no listing for 20 s
                 continue
         raise RuntimeError(f"{output}: no version after {RUNS} runs")
 
