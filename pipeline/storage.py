@@ -19,15 +19,18 @@ from functools import partial
 from glob import has_magic
 from typing import Any, BinaryIO, TypeVar, cast
 
+import aiohttp
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import split_protocol
+from fsspec.implementations.http import HTTPFileSystem
 from fsspec.utils import glob_translate
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.retries import CLIENT_MODULES as CLIENT_MODULES  # for shards.py
-from pipeline.retries import RangeReader, is_local, redact, retrying, said
+from pipeline.retries import RangeReader, is_local, read_all, redact, retrying, said
 
+READ_TIMEOUT_S = 15.0  # without a byte of an answer, which is then asked for again; s3fs' own
 LOOK_GIVE_UP_S = 20.0  # before any work: somebody waits to hear that the address is wrong
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}  # whose `mode="create"` the store itself enforces
 MARKS = (
@@ -72,6 +75,11 @@ def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         # s3fs: its 5 tries of botocore's 5, times ours, would take ten minutes to say that nobody listens.
         fs.retries = 1
         fs.config_kwargs.setdefault("retries", {"total_max_attempts": 3, "mode": "standard"})
+        fs.config_kwargs.setdefault("read_timeout", READ_TIMEOUT_S)
+    if isinstance(
+        fs, HTTPFileSystem
+    ):  # aiohttp's own: 300 s for an answer, which a slow one needs and a dead one wastes
+        fs.client_kwargs.setdefault("timeout", aiohttp.ClientTimeout(sock_connect=5, sock_read=READ_TIMEOUT_S))
     return fs, str(fs._strip_protocol(url))
 
 
@@ -223,4 +231,4 @@ def open_input(url: str, size: int) -> BinaryIO:
 def read_bytes(url: str) -> bytes:
     """The whole object. Raises `FileNotFoundError`, `PermissionError` or, after retries, `StorageError`."""
     fs, path = resolve(url)
-    return cast(bytes, retrying(fs, "read", url, lambda: fs.cat_file(path)))
+    return read_all(fs, path)

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import tarfile
+import time
 from pathlib import Path
 from typing import IO, cast
 
@@ -20,7 +21,7 @@ from s3fs.errors import translate_boto_error  # type: ignore[import-untyped]
 
 from pipeline.errors import StorageError
 from pipeline.output import Root
-from pipeline.retries import RangeReader, redact, said
+from pipeline.retries import RangeReader, redact, retrying, said
 from pipeline.storage import resolve
 
 
@@ -39,10 +40,12 @@ def test_a_conflict_is_tried_again_and_a_failed_precondition_is_not(flaky: type[
     root = Root("flaky://out")
     flaky.writes = [client_error(409, "ConditionalRequestConflict"), client_error(503, "SlowDown")]
     assert root.put_new("x", b"content") and flaky.calls == 3
+    flaky.writes = [client_error(404, "NoSuchUpload")]  # AWS's answer to the end of an upload that has ended already
+    assert root.put_new("z", b"content") and flaky.calls == 5
     for code in ("PreconditionFailed", "412"):
         flaky.writes = [client_error(412, code)]
         assert not root.put_new("y", b"content")
-    assert root.list("") == {"x": 7}
+    assert root.list("") == {"x": 7, "z": 7}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,37 @@ def test_what_cannot_pass_is_not_tried_again(
     with pytest.raises(raised, match=r"could not write flaky:///out/x: "):
         Root("flaky://out").put_new("x", b"content")
     assert flaky.calls == 1
+
+
+@pytest.mark.parametrize("code", ["IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"])
+def test_bytes_that_were_altered_on_their_way_are_sent_again(flaky: type[FlakyStore], code: str) -> None:
+    """S3 calls it our mistake, with status 400."""
+    flaky.writes = [client_error(400, code)]
+    assert Root("flaky://out").put_new("x", b"content") and flaky.calls == 2
+
+
+def test_a_call_that_took_long_before_it_failed_is_made_again(flaky: type[FlakyStore]) -> None:
+    """The time to give up after runs from the first failure: an upload of minutes has its second chance too."""
+    fs, _ = resolve("flaky://x")
+    calls = list[float]()
+
+    def slow() -> str:
+        calls.append(time.monotonic())
+        time.sleep(0.05)
+        if len(calls) == 1:
+            raise ConnectionResetError("no answer")
+        return "done"
+
+    assert retrying(fs, "write", "flaky://x", slow, give_up_s=0.01) == "done"
+    with pytest.raises(StorageError, match="could not write flaky://x: no answer"):
+        calls.clear()
+        retrying(fs, "write", "flaky://x", lambda: calls.append(0.0) or slow_failure(), give_up_s=0.01)
+    assert len(calls) == 2, "and no third one after that time"
+
+
+def slow_failure() -> str:
+    time.sleep(0.05)
+    raise ConnectionResetError("no answer")
 
 
 def test_what_may_pass_ends_after_bounded_attempts(flaky: type[FlakyStore]) -> None:
