@@ -124,7 +124,8 @@ def _with_images(
 ) -> Iterator[Row]:
     labels = _column(source, file, group, found.label)
     values = _urls(source, file, group, found.uri) if found.uri else _images(file, group, found.image or "")
-    i, problem, reason = 0, "fewer values than rows", cast(Reason, "corrupt")
+    i, problem = 0, "fewer values than rows"
+    reason: Reason = "corrupt"
     try:
         # The values first: zip takes from its second only where the first had one.
         for (value, lack), row in zip(values, rows, strict=False):
