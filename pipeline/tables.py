@@ -16,7 +16,9 @@ from pipeline.columns import Columns, Found, find_columns
 from pipeline.errors import Reason, Reject, UsageError
 
 BATCH_ROWS = 1  # as fast as 32 (9 us a row of 20 kB); and a dictionary's one large image is not there 32 times
-READ_BYTES = 2**20  # of a column at a time: a row group is never held whole
+READ_BYTES = 2**20  # of a large column at a time: its row group is never held whole …
+# … but one up to this size is: there pyarrow refuses a damaged page that claims 2 GB, and takes them in a stream.
+GROUP_BYTES = 64 * 2**20
 ROWS_A_BYTE = 64  # more rows than that are no images, but a damaged count
 MAGIC = b"PAR1"
 INT32 = range(-(2**31), 2**31)  # what the output's label column holds
@@ -45,9 +47,7 @@ def read_rows(raw: BinaryIO, size: int, columns: Columns, images: bool = True) -
     """Every row in order. Without `images` only their keys are read: the same ones."""
     source = _Source(raw)
     try:
-        file = pq.ParquetFile(
-            cast(IO[Any], source), pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True
-        )
+        file = _open(source, 0)
         schema, groups = file.schema_arrow, [file.metadata.row_group(g) for g in range(file.num_row_groups)]
         _check_counts(file.metadata.num_rows, [group.num_rows for group in groups], size)
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as e:
@@ -67,6 +67,16 @@ def read_rows(raw: BinaryIO, size: int, columns: Columns, images: bool = True) -
         else:
             yield from rows
         start += group.num_rows
+
+
+def _open(source: "_Source", buffer_bytes: int, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        cast(IO[Any], source),
+        metadata=metadata,
+        pre_buffer=False,
+        buffer_size=buffer_bytes,
+        page_checksum_verification=True,
+    )
 
 
 def _check_counts(rows: int, counts: list[int], size: int) -> None:
@@ -123,7 +133,7 @@ def _with_images(
     source: "_Source", file: pq.ParquetFile, group: int, found: Found, rows: Iterator[Row]
 ) -> Iterator[Row]:
     labels = _column(source, file, group, found.label)
-    values = _urls(source, file, group, found.uri) if found.uri else _images(file, group, found.image or "")
+    values = _urls(source, file, group, found.uri) if found.uri else _images(source, file, group, found.image or "")
     i, problem = 0, "fewer values than rows"
     reason: Reason = "corrupt"
     try:
@@ -156,7 +166,9 @@ def _urls(source: "_Source", file: pq.ParquetFile, group: int, name: str) -> Ite
         yield url, "" if url else f"column {name} holds no URL"
 
 
-def _images(file: pq.ParquetFile, group: int, name: str) -> Iterator[tuple[Any, str]]:
+def _images(source: "_Source", file: pq.ParquetFile, group: int, name: str) -> Iterator[tuple[Any, str]]:
+    if file.metadata.row_group(group).total_byte_size > GROUP_BYTES:
+        file = _open(source, READ_BYTES, file.metadata)
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[name], use_threads=False):
         for value in batch.column(name):
             path = None
@@ -179,6 +191,7 @@ class _Source:
 
     def __init__(self, raw: BinaryIO):
         self._raw = raw
+        self._size = raw.seek(0, 2)
         self._error: Exception | None = None
 
     def raise_own(self) -> None:
@@ -198,11 +211,12 @@ class _Source:
         return self._raw.seek(offset, whence)
 
     def read(self, count: int = -1) -> bytes:
-        parts = list[bytes]()
+        parts, left = list[bytes](), max(0, self._size - self._raw.tell())
+        count = min(count, left) if count >= 0 else left  # damaged lengths are no reason to allocate them
         try:
             while count and (part := self._raw.read(count)):
                 parts.append(part)
-                count -= len(part) if count > 0 else 0
+                count -= len(part)
         except Exception as e:
             self._error = e
             raise
