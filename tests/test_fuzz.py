@@ -1,12 +1,16 @@
 """Damage anywhere in real files: each sample is a row or a reject, and nothing else is ever raised."""
 
 import gzip
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import damage
 import numpy as np
 import pictures
-from containers import samples_of, shard_of
+import pytest
+from containers import growth, samples_of, shard_of
 from damage import Edit, edits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,10 +18,20 @@ from hypothesis import strategies as st
 from pipeline import images
 from pipeline.errors import REASONS, Reject
 from pipeline.shards import read_samples
+from tests import chaos_rubbish
 
 FUZZ = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    """Whatever a test of this file reads, the process grows by no more than this, page for page."""
+    pictures.decoder()(pictures.jpeg())  # what is loaded on first use is no growth
+    with growth() as taken:
+        yield
+    assert taken.peak_bytes < 150e6
 
 
 def check_shard(path: Path, form: str, content: bytes) -> None:
@@ -86,3 +100,29 @@ def outcome(channels: int, content: bytes) -> object:
         return why.args
     assert got.pixels.shape == (channels, 224, 224) and got.pixels.dtype == np.uint8
     return got.pixels.tobytes(), got.width, got.height
+
+
+# The long version
+
+
+SLEEP = "import time; time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("script", "how"),
+    [
+        ("pass", None),
+        ("import os; os.abort()", "crashes"),
+        ("1 / 0", "crashes"),
+        (SLEEP, "timeouts"),
+        (f"x = b'x' * 10**8; {SLEEP}", "too_much_memory"),
+    ],
+)
+def test_the_long_run_sees_how_a_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, how: str | None
+) -> None:
+    """An interpreter that aborts, a broken promise, an endless input, memory: each is told from a sound end."""
+    monkeypatch.setattr(chaos_rubbish, "INPUT_S", 1.5)
+    (tmp_path / "tally").write_bytes(chaos_rubbish.TALLY.pack(1, 0, 0, 20 * 2**20, 0))
+    child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    assert chaos_rubbish._watch(child, tmp_path / "tally", 10, 80 * 2**20) == how
