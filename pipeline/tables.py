@@ -19,6 +19,7 @@ BATCH_ROWS = 1  # as fast as 32 (9 us a row of 20 kB); and a dictionary's one la
 READ_BYTES = 2**20  # of a large column at a time: its row group is never held whole …
 # … but one up to this size is: there pyarrow refuses a damaged page that claims 2 GB, and takes them in a stream.
 GROUP_BYTES = 64 * 2**20
+LIST_ENTRIES, TEXT_BYTES = 10**6, 10**8  # in a footer: pyarrow's own limits
 ROWS_A_BYTE = 64  # more rows than that are no images, but a damaged count
 MAGIC = b"PAR1"
 INT32 = range(-(2**31), 2**31)  # what the output's label column holds
@@ -37,8 +38,8 @@ def read_schema(raw: BinaryIO) -> pa.Schema | None:
     """The columns as the footer names them; None where there is no footer to read."""
     source = _Source(raw)
     try:
-        return pq.ParquetFile(cast(IO[Any], source)).schema_arrow
-    except (pa.ArrowException, OSError):
+        return _open(source, 0).schema_arrow
+    except (pa.ArrowException, OSError, ValueError):
         source.raise_own()
         return None
 
@@ -50,7 +51,7 @@ def read_rows(raw: BinaryIO, size: int, columns: Columns, images: bool = True) -
         file = _open(source, 0)
         schema, groups = file.schema_arrow, [file.metadata.row_group(g) for g in range(file.num_row_groups)]
         _check_counts(file.metadata.num_rows, [group.num_rows for group in groups], size)
-    except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as e:
+    except (pa.ArrowException, OSError, ValueError) as e:
         source.raise_own()
         yield Row("#end", reject=_unreadable(raw, size, e))
         return
@@ -73,6 +74,9 @@ def _open(source: "_Source", buffer_bytes: int, metadata: pq.FileMetaData | None
     return pq.ParquetFile(
         cast(IO[Any], source),
         metadata=metadata,
+        # A list has no more entries than the file has bytes: pyarrow's own limit of 10^6 row groups takes 320 MB.
+        thrift_container_size_limit=max(1, min(LIST_ENTRIES, source.size)),
+        thrift_string_size_limit=max(1, min(TEXT_BYTES, source.size)),
         pre_buffer=False,
         buffer_size=buffer_bytes,
         page_checksum_verification=True,
@@ -95,7 +99,11 @@ def _unreadable(raw: BinaryIO, size: int, e: Exception) -> Reject:
         ends.append(raw.read(len(MAGIC)))
     if ends[0] == MAGIC and ends[1] != MAGIC:
         return Reject("truncated", "read", f"the file ends at byte {size} without Parquet's footer: all rows lost")
-    return Reject("corrupt", "read", f"no Parquet footer that can be read: all rows lost ({e})")
+    return Reject("corrupt", "read", f"no Parquet footer that can be read: all rows lost ({_line(e)})")
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split())
 
 
 def _column(source: "_Source", file: pq.ParquetFile, group: int, name: str | None) -> pa.ChunkedArray | None:
@@ -151,7 +159,7 @@ def _with_images(
             i += 1
     except (pa.ArrowException, OSError) as e:
         source.raise_own()
-        problem, reason = str(e), "unsupported" if isinstance(e, pa.ArrowNotImplementedError) else "corrupt"
+        problem, reason = _line(e), "unsupported" if isinstance(e, pa.ArrowNotImplementedError) else "corrupt"
     for row in rows:
         row.reject = Reject(reason, "read", f"row group {group} cannot be read from its row {i} on ({problem})")
         yield row
@@ -191,7 +199,7 @@ class _Source:
 
     def __init__(self, raw: BinaryIO):
         self._raw = raw
-        self._size = raw.seek(0, 2)
+        self.size = raw.seek(0, 2)
         self._error: Exception | None = None
 
     def raise_own(self) -> None:
@@ -211,7 +219,7 @@ class _Source:
         return self._raw.seek(offset, whence)
 
     def read(self, count: int = -1) -> bytes:
-        parts, left = list[bytes](), max(0, self._size - self._raw.tell())
+        parts, left = list[bytes](), max(0, self.size - self._raw.tell())
         count = min(count, left) if count >= 0 else left  # damaged lengths are no reason to allocate them
         try:
             while count and (part := self._raw.read(count)):

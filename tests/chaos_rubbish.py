@@ -57,6 +57,7 @@ def _hunt(target: str, seconds: float, seed: int, engine: str, inputs: int | Non
         found["peak_bytes"] = max(found["peak_bytes"], peak - start)
         if how is not None:
             found[how] += 1
+            found["peak_bytes"] = max(found["peak_bytes"], TARGETS[target] if how == "too_much_memory" else 0)
             kept.append(str(folder / f"{how}-{seed}"))
             Path(kept[-1]).write_bytes((folder / "current").read_bytes() if (folder / "current").exists() else b"")
             (folder / "log").rename(folder / f"{how}-{seed}.log")

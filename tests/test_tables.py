@@ -246,6 +246,17 @@ def test_a_page_that_claims_two_gigabytes_takes_none(tmp_path: Path) -> None:
     assert taken.peak_bytes < 50e6
 
 
+def test_a_footer_that_claims_a_million_row_groups_takes_no_memory(tmp_path: Path) -> None:
+    """In 60 bytes, where pyarrow would make room for all of them, 320 MB, before it looks for the first."""
+    schema = b"\x19\x1c\x48\x06schema\x15\x00\x00"  # a list of one entry, without columns
+    footer = b"\x15\x04" + schema + b"\x16\x00" + b"\x19\xfc\xc0\x84\x3d"  # version, schema, rows, 10^6 row groups
+    (tmp_path / "x.parquet").write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with growth() as taken:
+        (sample,) = samples_of(tmp_path / "x.parquet", "parquet")
+    assert sample.reject and sample.reject.reason == "corrupt" and "\n" not in sample.reject.message
+    assert "size limit" in sample.reject.message and taken.peak_bytes < 50e6
+
+
 def test_more_rows_than_bytes_are_no_images(tmp_path: Path) -> None:
     """Three million rows in 6 kB, which a damaged count looks like: one reject, not three million."""
     path = tmp_path / "x.parquet"
