@@ -3,8 +3,9 @@
 Each file is there, as large as listed, of the version's set and of its shard, with every page's checksum right and the
 metadata that set.json and the list tell; each sample of a shard is exactly one row of embeddings or rejects, and
 tokens, features and heads have the rows of the embeddings in their order; every value is finite; no id comes twice;
-the list's counts add up to the version's. Held are the ids of the few shards under way. Not seen: other bytes of a
-file's footer, such as a page's statistics, for which Parquet has no checksum.
+the list's counts add up to the version's. Held are the ids of the few shards under way. Not seen: what else a file's
+footer says, such as a page's statistics or the names that other readers go by, for which Parquet has no checksum: of
+300 bits flipped there, 121.
 """
 
 import hashlib
