@@ -119,5 +119,6 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _holds_images(kind: pa.DataType) -> bool:
     if types.is_struct(kind):
-        return any(part.name == "bytes" and _is_binary(part.type) for part in kind)
+        names = [part.name for part in kind]
+        return names.count("bytes") == 1 and names.count("path") <= 1 and _is_binary(kind.field("bytes").type)
     return _is_binary(kind)

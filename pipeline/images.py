@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from pipeline.errors import Reason, Reject, UsageError
 
@@ -29,6 +29,9 @@ MAX_ASPECT = 100  # the short side is what gets resized: 65500x1 would become 4 
 # an alpha multiplied into the colours for the resize as much again, 32-bit levels most) sixteen threads with a 179 Mpx
 # image each would want 30 GB and more; so it is at most 2.7 GB and sixteen small ones.
 LARGE_PIXELS = 32_000_000
+# More than this many passes over all pixels are no encoder's: they write about ten. One costs some 14 bytes and, at 179
+# Mpx, a quarter of a second: a JPEG of 27 MB could take seven hours.
+MAX_SCANS = 100
 CONTAINERS = {"ICO", "ICNS"}  # their directory tells a small size, the PNG inside may have any: treated as large
 
 # Pillow's own formats, the usual ones first. Not among them: EPS (runs Ghostscript on the bytes), IPTC (opens whatever
@@ -60,6 +63,9 @@ OTHER = {
     "JSON": rb"\s*[{\[]\s*[\"{\[\]}]", "a ZIP archive": rb"PK\x03\x04", "gzip data": rb"\x1f\x8b",
     "a Git LFS pointer": rb"version https://git-lfs", "text": rb"(?=.*[A-Za-z])[\t\n\r -~\x80-\xff]+\Z",
 }  # fmt: skip
+
+SCAN = b"\xff\xda"
+MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # with a length behind it, or the end mark
 
 Turn = Image.Transpose
 UPRIGHT = {
@@ -152,7 +158,8 @@ class Decoder:
         try:
             image = self._open(data)
             _refuse_large(*image.size)
-            if image.width * image.height <= LARGE_PIXELS and image.format not in CONTAINERS:
+            pixels = _unpacked_pixels(image, data)
+            if pixels <= LARGE_PIXELS and image.format not in CONTAINERS:
                 return self._resized(self._converted(image, data))
             with _one_large_image:
                 return self._resized(self._converted(image, data))
@@ -224,6 +231,39 @@ def _refuse_large(width: int, height: int) -> None:
         raise Reject("too_large", "decode", f"{width}x{height} pixels: more than {MAX_PIXELS}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise Reject("too_large", "decode", f"{width}x{height} pixels: over {MAX_ASPECT}:1, its resize would be huge")
+
+
+def _unpacked_pixels(image: Image.Image, data: bytes) -> int:
+    """Pixels that decoding holds at once. Raises `Reject` for those that would take minutes."""
+    pixels = image.width * image.height
+    width, height = _tile(image)  # libtiff unpacks the whole of one, which may be larger than the image
+    if width * height > MAX_PIXELS:
+        raise Reject("too_large", "decode", f"tiles of {width}x{height} pixels: more than {MAX_PIXELS}")
+    pixels = max(pixels, width * height)
+    if pixels > LARGE_PIXELS and any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
+        what = f"{image.width}x{image.height} pixels of {image.format}"  # Pillow's own in Python: 0.2 to 1.5 us a pixel
+        raise Reject("too_large", "decode", f"{what}: more than {LARGE_PIXELS}, which would take minutes")
+    if image.format in ("JPEG", "MPO") and data.count(SCAN) > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
+        raise Reject("too_large", "decode", f"a JPEG of {scans} scans: more than {MAX_SCANS}")
+    return pixels
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a TIFF's tiles; zeros where there are none."""
+    tags: Any = getattr(image, "tag_v2", {})
+    try:
+        return int(tags.get(TiffImagePlugin.TILEWIDTH, 0)), int(tags.get(TiffImagePlugin.TILELENGTH, 0))
+    except EXIF_ERRORS:
+        return 0, 0
+
+
+def _scans(data: bytes) -> int:
+    """How often a JPEG's own pixels are gone over, up to its end mark: what follows or is embedded does not count."""
+    at, scans = 2, 0
+    while (marker := MARKER.search(data, at)) and marker[1] != b"\xd9":
+        scans += marker[1] == SCAN[1:]
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.columns import Columns, Found, find_columns
-from pipeline.errors import Reject, UsageError
+from pipeline.errors import Reason, Reject, UsageError
 
-BATCH_ROWS = 32
-BATCH_BYTES = 32 * 2**20  # fewer rows at a time where they are large
-READ_BYTES = 2**20  # of a column at a time: a row group is never held whole
+BATCH_ROWS = 1  # as fast as 32 (9 us a row of 20 kB); and a dictionary's one large image is not there 32 times
+READ_BYTES = 2**20  # of a large column at a time: its row group is never held whole …
+# … but one up to this size is: there pyarrow refuses a damaged page that claims 2 GB, and takes them in a stream.
+GROUP_BYTES = 64 * 2**20
+LIST_ENTRIES, TEXT_BYTES = 10**6, 10**8  # in a footer: pyarrow's own limits
 ROWS_A_BYTE = 64  # more rows than that are no images, but a damaged count
 MAGIC = b"PAR1"
 INT32 = range(-(2**31), 2**31)  # what the output's label column holds
@@ -36,8 +38,8 @@ def read_schema(raw: BinaryIO) -> pa.Schema | None:
     """The columns as the footer names them; None where there is no footer to read."""
     source = _Source(raw)
     try:
-        return pq.ParquetFile(cast(IO[Any], source)).schema_arrow
-    except (pa.ArrowException, OSError):
+        return _open(source, 0).schema_arrow
+    except (pa.ArrowException, OSError, ValueError):
         source.raise_own()
         return None
 
@@ -46,12 +48,10 @@ def read_rows(raw: BinaryIO, size: int, columns: Columns, images: bool = True) -
     """Every row in order. Without `images` only their keys are read: the same ones."""
     source = _Source(raw)
     try:
-        file = pq.ParquetFile(
-            cast(IO[Any], source), pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True
-        )
+        file = _open(source, 0)
         schema, groups = file.schema_arrow, [file.metadata.row_group(g) for g in range(file.num_row_groups)]
         _check_counts(file.metadata.num_rows, [group.num_rows for group in groups], size)
-    except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as e:
+    except (pa.ArrowException, OSError, ValueError) as e:
         source.raise_own()
         yield Row("#end", reject=_unreadable(raw, size, e))
         return
@@ -70,6 +70,19 @@ def read_rows(raw: BinaryIO, size: int, columns: Columns, images: bool = True) -
         start += group.num_rows
 
 
+def _open(source: "_Source", buffer_bytes: int, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        cast(IO[Any], source),
+        metadata=metadata,
+        # A list has no more entries than the file has bytes: pyarrow's own limit of 10^6 row groups takes 320 MB.
+        thrift_container_size_limit=max(1, min(LIST_ENTRIES, source.size)),
+        thrift_string_size_limit=max(1, min(TEXT_BYTES, source.size)),
+        pre_buffer=False,
+        buffer_size=buffer_bytes,
+        page_checksum_verification=True,
+    )
+
+
 def _check_counts(rows: int, counts: list[int], size: int) -> None:
     """A damaged footer may promise any number of rows, and each would become a reject."""
     # Not by the columns' own counts: `group.column(i)` ends the process on some damage (a C++ exception, pyarrow 26).
@@ -86,7 +99,11 @@ def _unreadable(raw: BinaryIO, size: int, e: Exception) -> Reject:
         ends.append(raw.read(len(MAGIC)))
     if ends[0] == MAGIC and ends[1] != MAGIC:
         return Reject("truncated", "read", f"the file ends at byte {size} without Parquet's footer: all rows lost")
-    return Reject("corrupt", "read", f"no Parquet footer that can be read: all rows lost ({e})")
+    return Reject("corrupt", "read", f"no Parquet footer that can be read: all rows lost ({_line(e)})")
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split())
 
 
 def _column(source: "_Source", file: pq.ParquetFile, group: int, name: str | None) -> pa.ChunkedArray | None:
@@ -124,8 +141,9 @@ def _with_images(
     source: "_Source", file: pq.ParquetFile, group: int, found: Found, rows: Iterator[Row]
 ) -> Iterator[Row]:
     labels = _column(source, file, group, found.label)
-    values = _urls(source, file, group, found.uri) if found.uri else _images(file, group, found.image or "")
+    values = _urls(source, file, group, found.uri) if found.uri else _images(source, file, group, found.image or "")
     i, problem = 0, "fewer values than rows"
+    reason: Reason = "corrupt"
     try:
         # The values first: zip takes from its second only where the first had one.
         for (value, lack), row in zip(values, rows, strict=False):
@@ -141,9 +159,9 @@ def _with_images(
             i += 1
     except (pa.ArrowException, OSError) as e:
         source.raise_own()
-        problem = str(e)
+        problem, reason = _line(e), "unsupported" if isinstance(e, pa.ArrowNotImplementedError) else "corrupt"
     for row in rows:
-        row.reject = Reject("corrupt", "read", f"row group {group} cannot be read from its row {i} on ({problem})")
+        row.reject = Reject(reason, "read", f"row group {group} cannot be read from its row {i} on ({problem})")
         yield row
 
 
@@ -156,10 +174,10 @@ def _urls(source: "_Source", file: pq.ParquetFile, group: int, name: str) -> Ite
         yield url, "" if url else f"column {name} holds no URL"
 
 
-def _images(file: pq.ParquetFile, group: int, name: str) -> Iterator[tuple[Any, str]]:
-    footer = file.metadata.row_group(group)
-    count = max(1, min(BATCH_ROWS, BATCH_BYTES * footer.num_rows // max(1, footer.total_byte_size)))
-    for batch in file.iter_batches(count, row_groups=[group], columns=[name], use_threads=False):
+def _images(source: "_Source", file: pq.ParquetFile, group: int, name: str) -> Iterator[tuple[Any, str]]:
+    if file.metadata.row_group(group).total_byte_size > GROUP_BYTES:
+        file = _open(source, READ_BYTES, file.metadata)
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[name], use_threads=False):
         for value in batch.column(name):
             path = None
             if isinstance(value, pa.StructScalar) and value.is_valid:
@@ -181,6 +199,7 @@ class _Source:
 
     def __init__(self, raw: BinaryIO):
         self._raw = raw
+        self.size = raw.seek(0, 2)
         self._error: Exception | None = None
 
     def raise_own(self) -> None:
@@ -200,11 +219,12 @@ class _Source:
         return self._raw.seek(offset, whence)
 
     def read(self, count: int = -1) -> bytes:
-        parts = list[bytes]()
+        parts, left = list[bytes](), max(0, self.size - self._raw.tell())
+        count = min(count, left) if count >= 0 else left  # damaged lengths are no reason to allocate them
         try:
             while count and (part := self._raw.read(count)):
                 parts.append(part)
-                count -= len(part) if count > 0 else 0
+                count -= len(part)
         except Exception as e:
             self._error = e
             raise

@@ -84,6 +84,49 @@ def test_sizes_over_the_limits_are_refused_before_decoding() -> None:
     assert reject(pictures.png(401, 4)).reason == "too_large"
 
 
+def scans(times: int) -> bytes:
+    """A progressive JPEG whose last scan comes `times` more."""
+    data = pictures.jpeg(64, 48, mode="L", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * times + data[-2:]
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_decoding() -> None:
+    """Each is a pass over all pixels, of 14 bytes; those of an embedded or a following image are not counted."""
+    usual = scans(0).count(b"\xff\xda")
+    assert decoder()(scans(100 - usual))[1:] == (64, 48)
+    assert reject(scans(101 - usual)).message == "a JPEG of 101 scans: more than 100"
+    assert reject(scans(5000)).reason == "too_large"
+    fake = b"\xff\xda" * 200
+    comment = scans(0)[:2] + b"\xff\xfe" + (len(fake) + 2).to_bytes(2, "big") + fake + scans(0)[2:]
+    assert decoder()(comment)[1:] == decoder()(scans(0) + fake)[1:] == (64, 48)
+
+
+def test_tiles_larger_than_the_image_are_refused() -> None:
+    """A TIFF of 100x100 pixels in 1.2 MB, whose one tile is 20000x20000, took 1.1 GB."""
+    tags = {256: 100, 257: 100, 258: 8, 259: 8, 262: 1, 277: 1, 322: 20_000, 323: 20_000, 324: 200, 325: 50}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    bomb = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    bomb = bomb.ljust(200, b"\0") + zlib.compress(bytes(20_000))
+    assert "tiles of 20000x20000 pixels" in reject(bomb).message
+    sound = pictures.photo(100, 100)
+    assert decoder()(pictures.encoded(sound, "TIFF", compression="tiff_adobe_deflate"))[1:] == (100, 100)
+
+
+@pytest.mark.parametrize("name", ["QOI", "PPM", "DDS"])
+def test_large_images_that_pillow_decodes_in_python_are_refused(name: str) -> None:
+    """Up to 1.5 us a pixel, with the interpreter's lock: 179 Mpx would take minutes and stop the other threads."""
+    side = 6000
+    data = {
+        "QOI": b"qoif" + struct.pack(">IIBB", side, side, 3, 0),
+        "PPM": b"P3\n%d %d\n255\n" % (side, side),
+        "DDS": b"DDS "
+        + struct.pack("<7I44x8I20x", 124, 0x1007, side, side, 0, 0, 0, 32, 64, 0, 24, 255 << 16, 65280, 255, 0),
+    }[name]
+    got = reject(data + bytes(500))
+    assert got.reason == "too_large" and got.message.startswith(f"6000x6000 pixels of {name}")
+
+
 def test_an_icon_that_understates_its_size_is_measured_again() -> None:
     """Its directory says 16x16, its PNG is a strip: refused after the load, before the resize."""
     strip = pictures.png(3000, 4)

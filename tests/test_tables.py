@@ -1,16 +1,19 @@
 """The promises of pipeline/tables.py and columns.py: the right columns, every row of them once, whatever is broken."""
 
 import random
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from containers import samples_of, told, write_parquet
+from containers import growth, samples_of, shard_of, told, write_parquet
+from damage import tables
 
 from pipeline.columns import UNNAMED, Columns, find_columns
 from pipeline.errors import UsageError
+from pipeline.shards import read_samples
 
 
 def test_rows_are_those_that_pandas_reads(tmp_path: Path) -> None:
@@ -56,6 +59,54 @@ def test_every_binary_and_text_type_is_read(tmp_path: Path, kind: pa.DataType) -
         pq.write_table(table, tmp_path / "x.parquet")
         samples = samples_of(tmp_path / "x.parquet", "parquet")
         assert told(samples) == list(zip(expected, [b"1", b"2", b"3", b"4"], strict=True))
+
+
+STRUCT = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
+VIEWS = pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())])
+NUMBERED = pa.struct([("bytes", pa.binary()), ("path", pa.int64())])
+THREE = [b"1", None, b"3"]
+GIVEN, NONE = [("0", b"1"), ("1", "missing_image"), ("2", b"3")], [(n, "missing_image") for n in "012"]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array([b and {"bytes": b, "path": "x"} for b in THREE], STRUCT), GIVEN),
+        (pa.array([b and {"bytes": b, "path": "x"} for b in THREE], VIEWS), GIVEN),
+        (pa.array([{"bytes": b, "path": 5} for b in THREE], NUMBERED), GIVEN),
+        (pa.StructArray.from_arrays([pa.array(THREE)], names=["bytes"]), GIVEN),
+        (pa.StructArray.from_arrays([pa.array(THREE).dictionary_encode()], names=["bytes"]), GIVEN),
+        (pa.array(THREE).dictionary_encode(), GIVEN),
+        (pa.StructArray.from_arrays([pa.array(THREE)] * 2, names=["bytes", "bytes"]), NONE),
+        (pa.StructArray.from_arrays([pa.array(THREE), *[pa.array(list("abc"))] * 2], ["bytes", "path", "path"]), NONE),
+        (pa.array([{"bytes": {"bytes": b}} for b in THREE]), NONE),
+        (pa.array([[b] for b in THREE]), NONE),
+        (pa.array([[{"bytes": b, "path": "x"}] for b in THREE]), NONE),
+        (pa.array([{"jpg": b} for b in THREE]), NONE),
+        (pa.array([b"123", b"456", None], pa.binary(3)), NONE),
+        (pa.array(["/etc/hostname", None, "b"]), NONE),
+        (pa.array([Decimal("1.5"), None, Decimal("2.5")]), NONE),
+        (pa.array([1.5, None, 2.5]), NONE),
+        (pa.nulls(3), NONE),
+    ],
+    ids=lambda case: str(case.type)[:60] if isinstance(case, pa.Array) else "",
+)
+def test_image_columns_of_every_type_are_read_or_rejected(
+    tmp_path: Path, column: pa.Array, expected: list[tuple[str, bytes | str]]
+) -> None:
+    """Found by itself or asked for by name: images, or a reject a row where the type can hold none."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": column}), path)
+    for columns in (UNNAMED, Columns(image="image")):
+        assert told(samples_of(path, "parquet", columns)) == expected
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "ü", 'x"y', " ", "image.bytes"])
+def test_any_name_of_a_column_is_taken(tmp_path: Path, name: str) -> None:
+    """Dots are not paths, and another column may begin with the same name."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({name: pa.array(THREE), f"{name}.z": [1, 2, 3]}), path)
+    assert told(samples_of(path, "parquet")) == GIVEN
 
 
 def test_a_shard_with_other_columns_rejects_its_rows(tmp_path: Path) -> None:
@@ -154,3 +205,61 @@ def test_a_footer_that_cannot_be_read_is_one_reject(tmp_path: Path) -> None:
         assert told(samples_of(path, "parquet")) == [("#end", reason)]
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), path)
     assert samples_of(path, "parquet") == []
+
+
+# Memory
+
+
+def test_one_image_for_many_rows_is_held_once(tmp_path: Path) -> None:
+    """A dictionary's one entry of 8 MB for 40 rows: not many copies of it at once."""
+    path, image = tmp_path / "x.parquet", random.Random(0).randbytes(8 * 2**20)
+    with pq.ParquetWriter(path, pa.schema([("image", pa.binary())]), dictionary_pagesize_limit=2**30) as writer:
+        writer.write_table(pa.table({"image": pa.array([image] * 40, pa.binary())}))
+    assert path.stat().st_size < 2 * len(image)
+    with growth() as taken:
+        count = sum(s.image == image for s in read_samples(shard_of(path, "parquet")))
+    assert count == 40 and taken.peak_bytes < 10 * len(image)
+
+
+def test_a_huge_value_is_too_large_and_takes_four_times_its_bytes(tmp_path: Path) -> None:
+    """257 MB packed into 30 kB: its page, Arrow's buffer as it grows, and Python's bytes; the rows around it come."""
+    path, huge = tmp_path / "x.parquet", 257 * 2**20
+    table = pa.table({"image": pa.array([b"1", bytes(huge), b"3"], pa.binary())})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False)
+    del table
+    with growth() as taken:
+        samples = list(read_samples(shard_of(path, "parquet")))
+    assert told(samples) == [("0", b"1"), ("1", "too_large"), ("2", b"3")]
+    assert path.stat().st_size < 50_000 and taken.peak_bytes < 4.5 * huge
+
+
+def test_a_page_that_claims_two_gigabytes_takes_none(tmp_path: Path) -> None:
+    """Its header begins two bytes early, so that the checksum is taken for its size."""
+    (tmp_path / "x.parquet").write_bytes(content := tables()["summed.parquet"])
+    column = pq.read_metadata(tmp_path / "x.parquet").row_group(0).column(2)
+    at, end = column.data_page_offset, column.data_page_offset + column.total_compressed_size
+    assert column.path_in_schema == "label"
+    (tmp_path / "x.parquet").write_bytes(content[:at] + content[at + 2 : end] + bytes(2) + content[end:])
+    with growth() as taken:
+        samples = samples_of(tmp_path / "x.parquet", "parquet")
+    assert len(samples) == 6 and not any(s.label for s in samples)
+    assert taken.peak_bytes < 50e6
+
+
+def test_a_footer_that_claims_a_million_row_groups_takes_no_memory(tmp_path: Path) -> None:
+    """In 60 bytes, where pyarrow would make room for all of them, 320 MB, before it looks for the first."""
+    schema = b"\x19\x1c\x48\x06schema\x15\x00\x00"  # a list of one entry, without columns
+    footer = b"\x15\x04" + schema + b"\x16\x00" + b"\x19\xfc\xc0\x84\x3d"  # version, schema, rows, 10^6 row groups
+    (tmp_path / "x.parquet").write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with growth() as taken:
+        (sample,) = samples_of(tmp_path / "x.parquet", "parquet")
+    assert sample.reject and sample.reject.reason == "corrupt" and "\n" not in sample.reject.message
+    assert "size limit" in sample.reject.message and taken.peak_bytes < 50e6
+
+
+def test_more_rows_than_bytes_are_no_images(tmp_path: Path) -> None:
+    """Three million rows in 6 kB, which a damaged count looks like: one reject, not three million."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": pa.nulls(3_000_000, pa.binary())}), path)
+    (sample,) = samples_of(path, "parquet")
+    assert sample.reject and sample.reject.reason == "corrupt" and "3000000 rows in" in sample.reject.message

@@ -4,26 +4,97 @@ import gzip
 import os
 import random
 import tarfile
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-from containers import samples_of, shard_of, tar_bytes, tar_of, told
+from containers import growth, samples_of, shard_of, tar_bytes, tar_of, told
+from damage import as_v7, global_header, pax_sparse_member, sparse_member, with_checksum
 
 from pipeline.shards import read_samples
 
 
 def test_sparse_members_are_read_whole(tmp_path: Path) -> None:
     """GNU tar stores files with holes so; their real size is what counts."""
-    header = bytearray(tar_bytes([("a.jpg", b"d" * 512)])[:512])
-    header[156:157] = tarfile.GNUTYPE_SPARSE
-    header[386:410] = b"%011o\0%011o\0" % (1024, 512)
-    header[483:495] = b"%011o\0" % 1536
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    content = bytes(header) + b"d" * 512 + tar_bytes([("b.jpg", b"b")])
-    assert tar_of(tmp_path, content) == [("a", bytes(1024) + b"d" * 512), ("b", b"b")]
+    whole, behind = bytes(1024) + b"d" * 512, tar_bytes([("b.jpg", b"b")])
+    for member in (
+        sparse_member("a.jpg", b"d" * 512, 1024),
+        pax_sparse_member("a.jpg", b"1\n1024\n512\n", b"d" * 512, 1536),
+    ):
+        assert tar_of(tmp_path, member + behind) == [("a", whole), ("b", b"b")]
+    terabytes = sparse_member("a.jpg", b"d" * 512, 1024, claimed_bytes=5 * 2**40)
+    assert tar_of(tmp_path, terabytes + behind) == [("a", "too_large"), ("b", b"b")]
+
+
+def test_old_and_odd_tars_are_read(tmp_path: Path) -> None:
+    """Those of Unix Version 7; a tar in a tar is no image; global headers are taken as they come."""
+    members = [("a.jpg", b"1" * 700), ("b.jpg", b"2")]
+    plain = tar_bytes(members)
+    expected = [("a", b"1" * 700), ("b", b"2")]
+    assert tar_of(tmp_path, as_v7(plain)) == expected
+    assert tar_of(tmp_path, global_header({"comment": "x" * 2000}) * 100 + plain) == expected
+    nested = tar_bytes([("inner.tar", plain), *members])
+    assert tar_of(tmp_path, nested) == [("inner", "missing_image"), *expected]
+
+
+def packed_member(name: str, part: bytes, times: int) -> bytes:
+    """Gzip of a member that is `part` again and again, and the end of the tar; nothing of that size is made here."""
+    info = tarfile.TarInfo(name)
+    info.size = len(part) * times
+    return gzip.compress(info.tobuf(tarfile.GNU_FORMAT)) + gzip.compress(part) * times
+
+
+def test_a_gigabyte_of_zeros_in_gzip_is_passed_by(tmp_path: Path) -> None:
+    """1.2 MB that unpack to a member of 1 GiB: too large, in a few megabytes, and the next image comes."""
+    content = packed_member("big.jpg", bytes(2**24), 64) + gzip.compress(tar_bytes({"b.jpg": b"b"}))
+    (tmp_path / "x.tar").write_bytes(content)
+    with growth() as taken:
+        samples = list(read_samples(shard_of(tmp_path / "x.tar", "webdataset")))
+    assert told(samples) == [("big", "too_large"), ("b", b"b")]
+    assert taken.peak_bytes < 40e6
+
+
+@pytest.mark.parametrize("kind", ["chained", "global", "sparse"])
+def test_headers_without_end_are_cut_off(kind: str, tmp_path: Path) -> None:
+    """A megabyte a member is what all its headers may take together: neither memory nor minutes go into more.
+
+    300 pax headers before one member; global ones that are all kept; a sparse file's map of 64 MB.
+    """
+    if kind == "sparse":
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 64 * 2**20
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+        lines = b"1000000000\n" + b"1\n" * (2**23 - 6) + b"\n"
+        bomb = gzip.compress(info.tobuf(tarfile.PAX_FORMAT)) + gzip.compress(lines) + gzip.compress(b"1\n" * 2**19) * 48
+    else:
+        bomb = b"".join(gzip.compress(pax_block(f"k{n}", 400_000, kind == "global"), 1) for n in range(300))
+    (tmp_path / "x.tar").write_bytes(gzip.compress(tar_bytes({"first.jpg": b"1"})[:1024]) + bomb)
+    shard = shard_of(tmp_path / "x.tar", "webdataset")
+    started = time.perf_counter()
+    with growth() as taken:
+        samples = list(read_samples(shard))
+    assert told(samples) == [("first", b"1"), ("#end", "corrupt")]
+    assert samples[1].reject and "of over 1048576 bytes" in samples[1].reject.message
+    assert taken.peak_bytes < 60e6 and time.perf_counter() - started < 10
+
+
+def pax_block(key: str, size: int, is_global: bool) -> bytes:
+    """A pax header with one long value."""
+    record = f" {key}={'v' * size}\n".encode()
+    record = b"%d" % (len(record) + len(str(len(record)))) + record
+    info = tarfile.TarInfo("header")
+    info.type, info.size = (tarfile.XGLTYPE if is_global else tarfile.XHDTYPE), len(record)
+    return info.tobuf(tarfile.USTAR_FORMAT) + record + bytes(-len(record) % 512)
+
+
+def test_a_size_beyond_any_disk_is_a_reject(tmp_path: Path) -> None:
+    """Local file systems refuse to seek there with an error that looks like the store's."""
+    info = tarfile.TarInfo("big.jpg")
+    info.size = 2**62
+    content = tar_bytes({"a.jpg": b"a"})[:1024] + info.tobuf(tarfile.GNU_FORMAT) + bytes(512)
+    assert tar_of(tmp_path, content) == [("a", b"a"), ("big", "too_large"), ("#end", "truncated")]
 
 
 def test_too_large_images_are_refused_unread(tmp_path: Path) -> None:
@@ -143,9 +214,7 @@ def test_crafted_headers_take_no_memory_and_no_time(tmp_path: Path) -> None:
         header = bytearray(tar_bytes({"a.jpg": b""})[:512])
         header[156:157] = kind
         header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
-        header[148:156] = b" " * 8
-        header[148:156] = b"%06o\0 " % sum(header)
-        assert tar_of(tmp_path, tar_bytes(FIVE)[: 1536 * 5] + header) == [*WHOLE, ("#end", "corrupt")]
+        assert tar_of(tmp_path, tar_bytes(FIVE)[: 1536 * 5] + with_checksum(header)) == [*WHOLE, ("#end", "corrupt")]
 
 
 def test_a_damaged_gzip_stream_gives_all_before_the_damage(tmp_path: Path) -> None:
