@@ -106,7 +106,8 @@ class AzureServer:
         )
 
     def client(self) -> BlobServiceClient:
-        return BlobServiceClient.from_connection_string(self.connection, retry_total=0)
+        trusted = str(self.certificate) if self.certificate else True
+        return BlobServiceClient.from_connection_string(self.connection, retry_total=0, connection_verify=trusted)
 
     def create_container(self, name: str) -> str:
         self.client().create_container(name)
