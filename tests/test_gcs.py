@@ -160,13 +160,13 @@ def test_a_host_that_does_not_answer_is_told_in_bounded_time(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = 9 if host == "refuses" else silent.getsockname()[1]
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        monkeypatch.setattr("pipeline.storage.LOOK_GIVE_UP_S", 2.0)
-        monkeypatch.setattr("pipeline.output.LOOK_GIVE_UP_S", 2.0)
+        monkeypatch.setattr("pipeline.storage.LOOK_GIVE_UP_S", 1.0)
+        monkeypatch.setattr("pipeline.output.LOOK_GIVE_UP_S", 1.0)
         forget_clients()
         began = time.monotonic()
-        with pytest.raises(UsageError, match=r"could not list gs://.*: no answer in 2 s: check the address"):
+        with pytest.raises(UsageError, match=r"could not list gs://.*: no answer in 1 s: check the address"):
             list_files(f"{bucket}/in")
-        with pytest.raises(StorageError, match=r"could not list gs://.*: no answer in 2 s: check the address"):
+        with pytest.raises(StorageError, match=r"could not list gs://.*: no answer in 1 s: check the address"):
             Root(f"{bucket}/out").top()
         assert time.monotonic() - began < 15
 
@@ -213,8 +213,8 @@ def test_refused_credentials_are_not_shown(
     put(f"{bucket}/in/x.tar", b"abc")
     (tmp_path / "account.json").write_text(json.dumps(account))
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
-    monkeypatch.setattr("pipeline.storage.LOOK_GIVE_UP_S", 2.0)
-    monkeypatch.setattr("pipeline.output.LOOK_GIVE_UP_S", 2.0)
+    monkeypatch.setattr("pipeline.storage.LOOK_GIVE_UP_S", 1.0)
+    monkeypatch.setattr("pipeline.output.LOOK_GIVE_UP_S", 1.0)
     forget_clients()
     secrets = (*account["private_key"].split("\n")[1:-2], account["private_key_id"])
     with pytest.raises(UsageError, match=r"could not list gs://.*[Cc]redentials") as listed:
