@@ -15,6 +15,7 @@ from typing import IO, cast
 
 import azure_server
 import fsspec
+import made
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,7 @@ from containers import tar_bytes
 from url_job import REPOSITORY, embed_by_urls, put, shown
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.listing import list_shards
 from pipeline.output import Root
 from pipeline.storage import is_unchanged, list_files, open_input, read_bytes
 
@@ -232,6 +234,24 @@ def test_an_account_with_its_key_or_a_signature_is_enough(tmp_path: Path) -> Non
         assert "could not list az://box/in" in by_none.stderr
         for done in (by_key, by_signature, by_none):
             assert not shown(tuple(ways.values()), done.stdout + done.stderr)
+
+
+def test_a_signed_url_is_an_input_and_is_not_shown(
+    container: str, server: AzureServer, shards: Path, tmp_path: Path
+) -> None:
+    """It is listed, read and embedded; its signature is in no output; a wrong one is refused and not shown."""
+    put(f"{container}/in/x.tar", (shards / "a" / "two.tar").read_bytes())
+    plain, signature = f"{server.url}/{container.removeprefix('az://')}/in/x.tar", server.signature()
+    (found,) = list_files(f"{plain}?{signature}")
+    assert is_unchanged(found) and read_bytes(found.url) == (shards / "a" / "two.tar").read_bytes()
+    (receipt,) = made.embed(made.job(tmp_path / "out"), list_shards([f"{plain}?{signature}"]))
+    assert receipt.files and receipt.files.counts.samples == 7, receipt.error
+    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert written and not [content for content in written if signature[-20:].encode() in content]
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=f"could not list {plain}: ") as caught:
+        list_files(f"{plain}?{signature.partition('sig=')[0]}sig={WRONG}")
+    assert not shown((WRONG, "sig="), str(caught.value)) and time.monotonic() - began < 5
 
 
 # What is not there

@@ -244,6 +244,37 @@ def test_an_endpoint_that_says_nothing_ends_in_bounded_time(bucket: str, monkeyp
         assert time.monotonic() - began < 10
 
 
+def test_a_profile_is_enough(bucket: str, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key, secret, region and endpoint from the files of a named profile, as any S3 client finds them."""
+    put(f"{bucket}/in/x.tar", b"abc")
+    for name in server.environment():
+        monkeypatch.delenv(name)
+    secrets = f"aws_access_key_id = {server.key}\naws_secret_access_key = {server.secret}\n"
+    (tmp_path / "credentials").write_text(f"[mine]\n{secrets}")
+    (tmp_path / "config").write_text(f"[profile mine]\nregion = us-east-1\nendpoint_url = {server.endpoint}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    forget_clients()
+    assert [e.size for e in list_files(f"{bucket}/in")] == [3] and Root(f"{bucket}/in").put_new("y", b"1")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    forget_clients()
+    with pytest.raises(UsageError, match=r"s3://.*profile \(nobody\) could not be found") as caught:
+        list_files(f"{bucket}/in")
+    assert not shown((server.key, server.secret), str(caught.value))
+
+
+def test_times_are_those_that_the_client_reads(bucket: str, server: S3Server) -> None:
+    """Our quicker parser gives what botocore's own gives, of a listing and of an object's headers."""
+    put(f"{bucket}/in/x.tar", b"abc")
+    fs, path = resolve(f"{bucket}/in/x.tar")
+    (theirs,) = server.client().list_objects_v2(Bucket=bucket.removeprefix("s3://"))["Contents"]
+    assert fs.find(path.rpartition("/")[0], detail=True)[path]["LastModified"] == theirs["LastModified"]
+    fs.invalidate_cache()
+    assert fs.info(path)["LastModified"] == theirs["LastModified"].replace(microsecond=0)
+
+
 READ = "import sys; from pipeline.storage import read_bytes; print(read_bytes(sys.argv[1]).decode())"
 
 
