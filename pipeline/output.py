@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
 from pipeline.retries import GIVE_UP_S, RangeReader, is_local, retrying
-from pipeline.storage import BUCKETS, LOOK_GIVE_UP_S, below, children, info_of, object_info, resolve
+from pipeline.storage import LOOK_GIVE_UP_S, below, children, info_of, is_bucket, object_info, resolve
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class Root:
     def top(self) -> list[str]:
         """The names directly below the root, none where nothing is there; `NotADirectoryError` where it is a file."""
         try:
-            found = self._do("list", "", lambda: children(self.fs, self.path), LOOK_GIVE_UP_S)
+            found = self._do("list", "", lambda: children(self.fs, self.path, LOOK_GIVE_UP_S), LOOK_GIVE_UP_S)
         except FileNotFoundError:
             return []
         if any(info["name"] == self.path and info["type"] == "file" for info in found):
@@ -108,8 +108,7 @@ class Root:
                 spilled.unlink(missing_ok=True)
 
     def _put(self, name: str, content: bytes | Path) -> None:
-        protocol = self.fs.protocol
-        if BUCKETS.isdisjoint([protocol] if isinstance(protocol, str) else protocol):
+        if not is_bucket(self.fs):
             self._put_looking(self.at(name), content)
         elif isinstance(content, Path):
             self.fs.put_file(str(content), self.at(name), mode="create")

@@ -6,6 +6,7 @@ Local errors come at once, the store's after bounded retries: `FileNotFoundError
 
 import errno
 import io
+import os
 import re
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError,
 FINAL_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EINVAL}
 # What the clients behind fsspec raise when they do not turn a failure into an OSError themselves.
 CLIENT_MODULES = {"aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "azure", "requests", "urllib3"}
-FINAL_CLIENT_ERRORS = re.compile("Credential|Token|Auth|Profile|Region|ParamValidation|InvalidURL")
+FINAL_CLIENT_ERRORS = re.compile("Credential|Token|Auth|Signing|Profile|Region|ParamValidation|InvalidURL")
 # S3's words for what passes though its status says otherwise: bytes of ours that were lost or altered on their way, and
 # the end of an upload in parts that has ended already, its answer lost: a new upload then finds the object.
 PASSING = {"IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
@@ -55,7 +56,8 @@ def redact(url: str) -> str:
 
 def said(e: Exception) -> str:
     """What an error says, in one line and without what its URLs carry beyond the path."""
-    text = " ".join(str(e).split()) or type(e).__name__
+    sentence = str(e).partition("\nRequestId:")[0]  # Azure's client appends the whole answer, XML and all
+    text = " ".join(sentence.split()) or type(e).__name__
     text = re.sub(r"[a-z0-9+]+://[^\s'\"<>]+", lambda url: redact(url[0]), text)
     return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + "…"
 
@@ -127,9 +129,10 @@ def _told(e: Exception) -> Exception:
 def _what(e: Exception) -> str:
     e = _told(e)
     if isinstance(e, FileNotFoundError):  # the clients give a bare path, or a sentence such as "no such bucket"
-        return said(e) if _status(e) and " " in str(e) else "not found"
+        return said(e) if _status(e) and " " in str(e) and e.strerror != os.strerror(errno.ENOENT) else "not found"
     text = said(e)
-    if _kind(e) is PermissionError and " " not in text:  # a HEAD request's answer has no words of its own
+    # A HEAD request's answer has no words of its own, and Azure's says "Incorrect padding" of a key that is none.
+    if (_kind(e) is PermissionError and " " not in text) or "Signing" in type(e).__name__:
         return f"{text}: check the credentials and what they allow"
     return text if isinstance(e, OSError) and " " in text else f"{type(e).__name__}: {text}"
 

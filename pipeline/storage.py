@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +23,7 @@ import aiohttp
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import split_protocol
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.http import HTTPFileSystem
 from fsspec.utils import glob_translate
 
@@ -32,6 +33,7 @@ from pipeline.retries import RangeReader, is_local, read_all, redact, retrying, 
 
 READ_TIMEOUT_S = 15.0  # without a byte of an answer, which is then asked for again; s3fs' own
 LOOK_GIVE_UP_S = 20.0  # before any work: somebody waits to hear that the address is wrong
+CLIENT_TRIES = 3  # of one request, by the client itself: an upload in parts does not start anew for one that failed
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}  # whose `mode="create"` the store itself enforces
 MARKS = (
     *("ETag", "etag", "md5Hash", "generation", "content_md5", "Content-MD5", "blob_id", "sha", "mtime"),
@@ -69,18 +71,43 @@ def resolve(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         kind = fsspec.get_filesystem_class(scheme or "file")
         fs = kind(**kind._get_kwargs_from_urls(url))
+        _adapt(fs)
     except (ValueError, TypeError, ImportError, OSError) as e:
         raise UsageError(f"{redact(url)}: {said(e)}") from e
-    if getattr(fs, "retries", None) == 5 and hasattr(fs, "config_kwargs"):
+    return fs, str(fs._strip_protocol(url))
+
+
+def _adapt(fs: Any) -> None:
+    """How often a client of S3 or Azure asks by itself, before our own retries, and how it reads times.
+
+    Credentials, endpoints and all else stay what the client finds in its usual places.
+    """
+    if hasattr(fs, "call_s3"):
         # s3fs: its 5 tries of botocore's 5, times ours, would take ten minutes to say that nobody listens.
         fs.retries = 1
-        fs.config_kwargs.setdefault("retries", {"total_max_attempts": 3, "mode": "standard"})
+        fs.config_kwargs.setdefault("retries", {"total_max_attempts": CLIENT_TRIES, "mode": "standard"})
         fs.config_kwargs.setdefault("read_timeout", READ_TIMEOUT_S)
-    if isinstance(
-        fs, HTTPFileSystem
-    ):  # aiohttp's own: 300 s for an answer, which a slow one needs and a dead one wastes
+        if fs.session is None:  # s3fs would make the same, later
+            from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+
+            fs.session = AioSession(**fs.kwargs)
+            fs.session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
+    elif hasattr(fs, "service_client"):
+        # adlfs passes on no policy for its client's birth; the default waits 15, 18 and 24 s.
+        policy = fs.service_client._config.retry_policy
+        policy.total_retries = policy.connect_retries = policy.read_retries = policy.status_retries = CLIENT_TRIES - 1
+        policy.initial_backoff, policy.increment_base, policy.random_jitter_range = 0, 2, 1
+    elif isinstance(fs, HTTPFileSystem):  # aiohttp's own: 300 s for an answer, which a dead one wastes
         fs.client_kwargs.setdefault("timeout", aiohttp.ClientTimeout(sock_connect=5, sock_read=READ_TIMEOUT_S))
-    return fs, str(fs._strip_protocol(url))
+
+
+def _time(text: Any) -> datetime:
+    """A time as botocore reads it, whose search for the format takes half of a long listing."""
+    from botocore.utils import parse_timestamp  # type: ignore[import-untyped]
+
+    if isinstance(text, str) and text[10:11] == "T" and text.endswith("Z"):
+        return datetime.fromisoformat(text)
+    return cast(datetime, parse_timestamp(text))
 
 
 def list_files(url: str) -> list[Entry]:
@@ -96,7 +123,7 @@ def list_files(url: str) -> list[Entry]:
         if url.endswith("/"):
             return below(fs, path)
         try:
-            info = info_of(fs, path)
+            info = info_of(fs, path, LOOK_GIVE_UP_S)
         except FileNotFoundError:
             if not has_magic(path.partition("?")[0] if path.startswith("http") else path):
                 raise
@@ -108,18 +135,45 @@ def list_files(url: str) -> list[Entry]:
         for name in [name for name, info in found.items() if info.get("size") is None]:  # a web server's index page
             found[name] = retrying(fs, "look at", name, partial(info_of, fs, name), LOOK_GIVE_UP_S)
     except (OSError, ValueError, StorageError) as e:
-        raise UsageError(said(e) if redact(url) in said(e) else f"{redact(url)}: {said(e)}") from e
+        why = said(e) + (_missing_bucket(fs, path) if isinstance(e, FileNotFoundError) else "")
+        raise UsageError(why if redact(url) in why else f"{redact(url)}: {why}") from e
     files = [entry(fs, name, info) for name, info in found.items() if info["type"] == "file"]
     if not files:
-        raise UsageError(f"nothing matches {redact(url)}")
+        raise UsageError(f"nothing matches {redact(url)}{_missing_bucket(fs, path)}")
     return sorted(files, key=lambda e: e.url)
 
 
-def info_of(fs: fsspec.AbstractFileSystem, path: str) -> Info:
-    """What the store says of the path now, whatever was listed before."""
+def is_bucket(fs: fsspec.AbstractFileSystem) -> bool:
+    return not BUCKETS.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _missing_bucket(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """Words for a bucket that is not there: the stores do not tell it from a folder that is not there."""
+    bucket = path.partition("/")[0]
+    if is_bucket(fs) and bucket:
+        with suppress(PermissionError, StorageError):  # who may list need not be allowed to look at the bucket
+            try:
+                retrying(fs, "look at", bucket, partial(info_of, fs, bucket, LOOK_GIVE_UP_S), LOOK_GIVE_UP_S)
+            except FileNotFoundError:
+                return f": there is no bucket {bucket}"
+    return ""
+
+
+def _ask(fs: fsspec.AbstractFileSystem, call: Callable[..., T], path: str, wait_s: float | None, **options: Any) -> T:
+    """`call(path)`; of a bucket's client, who may try for minutes by itself, `TimeoutError` after `wait_s`."""
+    if wait_s is None or not (is_bucket(fs) and fs.async_impl):
+        return call(path, **options)
+    try:
+        return call(path, timeout=wait_s, **options)
+    except FSTimeoutError as e:
+        raise TimeoutError(f"no answer in {wait_s:g} s: check the address and the credentials") from e
+
+
+def info_of(fs: fsspec.AbstractFileSystem, path: str, wait_s: float | None = None) -> Info:
+    """What the store says of the path now, whatever was listed before. `wait_s`: how long a bucket's client may try."""
     if not is_local(fs):
         fs.invalidate_cache()
-        return cast(Info, fs.info(path))
+        return cast(Info, _ask(fs, fs.info, path, wait_s))
     try:
         found = os.stat(path)
     except OSError as e:
@@ -138,10 +192,10 @@ def object_info(fs: fsspec.AbstractFileSystem, path: str) -> Info:
     return info
 
 
-def children(fs: fsspec.AbstractFileSystem, folder: str) -> list[Info]:
+def children(fs: fsspec.AbstractFileSystem, folder: str, wait_s: float | None = None) -> list[Info]:
     if not is_local(fs):
         fs.invalidate_cache()
-        return cast(list[Info], fs.ls(folder, detail=True))
+        return cast(list[Info], _ask(fs, fs.ls, folder, wait_s, detail=True))
     children = list[Info]()
     for name in os.listdir(folder or "/"):
         with suppress(FileNotFoundError):  # deleted meanwhile
@@ -158,6 +212,10 @@ def below(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, Info]:
     else:
         fs.invalidate_cache()
         found = fs.find(folder, detail=True)
+        if isinstance(found, list):  # adlfs, where an object bears the folder's name
+            bucket, _, key = folder.partition("/")
+            inside = fs.find(bucket, prefix=key, detail=True)
+            found = {name: info for name, info in inside.items() if name.startswith(f"{folder.rstrip('/')}/")}
     return {
         name: info
         for name, info in found.items()
