@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
-from pipeline.retries import GIVE_UP_S, RangeReader, is_local, retrying
+from pipeline.retries import GIVE_UP_S, RangeReader, is_local, read_all, retrying
 from pipeline.storage import LOOK_GIVE_UP_S, below, children, info_of, is_bucket, object_info, resolve
 
 T = TypeVar("T")
@@ -69,11 +69,8 @@ class Root:
         return {name[cut:]: int(info["size"] or 0) for name, info in found.items()}
 
     def read(self, name: str) -> bytes:
-        def get() -> bytes:
-            self.fs.invalidate_cache()  # s3fs believes an older listing that a new object is not there
-            return cast(bytes, self.fs.cat_file(self.at(name)))
-
-        return self._do("read", name, get)
+        self.fs.invalidate_cache()  # s3fs believes an older listing that a new object is not there
+        return read_all(self.fs, self.at(name))
 
     def open(self, name: str, size: int | None = None) -> BinaryIO:
         """`size`: in bytes, where it is known from a listing; it spares a request."""

@@ -248,10 +248,14 @@ def current(root: Root, number: int | None = None) -> Version:
 
 
 def read_list(root: Root, version: Version) -> list[ShardFiles]:
-    """The files of a version, by shard."""
+    """The files of a version, by shard. Raises `StorageError` where the list is damaged or gone."""
     try:
-        return [_files_of(row) for row in pq.read_table(BytesIO(root.read(version.files))).to_pylist()]
-    except (ValueError, TypeError, KeyError, FileNotFoundError, pa.ArrowException) as e:
+        content = root.read(version.files)
+    except FileNotFoundError as e:
+        raise StorageError(f"{version.files}, the list of version {version.version}, is gone") from e
+    try:
+        return [_files_of(row) for row in pq.read_table(BytesIO(content)).to_pylist()]
+    except (ValueError, TypeError, KeyError, OSError, pa.ArrowException) as e:  # OSError: a page that does not unpack
         raise StorageError(f"{version.files}, the list of version {version.version}, is damaged: {e}") from e
 
 
