@@ -7,15 +7,15 @@ import yaml
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage import read_bytes, redact
 
-REPEATABLE = {"input"}
+REPEATABLE = {"input", "allow-url"}
 ON, OFF = ("true", "True", "yes", "on"), ("false", "False", "no", "off", "null", "~", "")
 
 
 def expand(argv: Sequence[str]) -> list[str]:
     """The arguments with `--config URL` replaced by the flags that the file holds and the command line does not.
 
-    Keys are flag names, with `-` or `_`. true is a bare flag, false leaves it out, a list repeats `input` and is
-    joined by commas elsewhere. Raises `UsageError` for a file that cannot be read or is no mapping.
+    Keys are flag names, with `-` or `_`. true is a bare flag, false leaves it out, a list repeats `input` and
+    `allow-url`, and is joined by commas elsewhere. Raises `UsageError` for a file that cannot be read or is no mapping.
     """
     rest, url = _split(list(argv))
     if url is None:

@@ -83,7 +83,7 @@ def list_shards(
 
 
 def _shard(entry: Entry, form: str, columns: Columns) -> Shard:
-    read_as = (columns.image, columns.key, columns.uri) if form == "parquet" else ()
+    read_as = (columns.image, columns.key, columns.uri, *columns.allow_urls) if form == "parquet" else ()
     kept = columns if form == "parquet" else UNNAMED
     etag = digest(entry.etag, form, *read_as)
     return Shard(name="", format=form, url=entry.url, size=entry.size, etag=etag, columns=kept, source=entry)

@@ -25,7 +25,7 @@ from fsspec.core import split_protocol
 from fsspec.utils import glob_translate
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.retries import CLIENT_MODULES as CLIENT_MODULES  # for shards.py
+from pipeline.retries import CLIENT_MODULES as CLIENT_MODULES  # for fetching.py
 from pipeline.retries import RangeReader, is_local, redact, retrying, said
 
 LOOK_GIVE_UP_S = 20.0  # before any work: somebody waits to hear that the address is wrong
