@@ -29,7 +29,7 @@ from pipeline.listing import Shard
 from pipeline.output import Root
 from pipeline.rows import NotFinite, ShardWriter
 from pipeline.shards import Sample, read_samples
-from pipeline.storage import is_local, is_unchanged, resolve
+from pipeline.storage import is_local, is_unchanged, redact, resolve
 from pipeline.versions import ShardFiles, publish, published
 
 LOOKAHEAD_BATCHES = 2  # decoded images that wait: one batch being filled, one ready …
@@ -182,7 +182,7 @@ class Embedder:
                         fetched = fetchers.submit(fetch, sample) if sample.url and not sample.reject else None
                         flow.put(feed, (work, sample, decoders.submit(self._decode, sample, fetched, budget, size)))
                     if _has_changed(shard):
-                        raise StorageError(f"{shard.url} changed while it was read: run again")
+                        raise StorageError(f"{redact(shard.url)} changed while it was read: run again")
             except (StorageError, OSError) as e:
                 work.error = f"read: {e}"
             flow.put(feed, (work, None, None))

@@ -152,10 +152,12 @@ def _read_web(address: Address, access: Access) -> bytes:
 def _redirected(address: Address, location: str) -> Address:
     """Where a redirect leads: to the web again, or the image is refused."""
     try:
+        if not location:
+            raise ValueError
         target = parse(str(yarl.URL(address.url).join(yarl.URL(location))))
     except ValueError:
         raise refused(f"{address.shown}: a redirect to nothing that can be fetched") from None
-    if not location or target.scheme not in WEB:
+    if target.scheme not in WEB:
         raise refused(f"{address.shown}: a redirect to an address of {target.scheme}, only http and https are followed")
     return target
 

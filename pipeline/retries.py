@@ -37,18 +37,20 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 def redact(url: str) -> str:
     """The URL without user, password and query: what may be shown in messages and stored in files."""
     scheme, mark, rest = url.partition("://")
-    if not mark or scheme == "file":
+    if not mark or scheme.lower() == "file":
         return url
     # In a bucket `?` and `#` may belong to a key or a pattern.
-    rest = re.sub(r"[?#].*" if scheme.startswith("http") else r"\?[^/?]*=.*", "", rest)
+    rest = re.sub(r"[?#].*" if scheme.lower().startswith("http") else r"\?[^/?]*=.*", "", rest)
     host, slash, path = rest.partition("/")
+    if re.search(r":(?!\d*$)", host.rpartition("]")[2]) and "@" in path:  # a password with a slash in it
+        host, slash, path = rest.rpartition("@")[2].partition("/")
     return scheme + mark + host.rpartition("@")[2] + slash + path
 
 
 def said(e: Exception) -> str:
     """What an error says, in one line and without what its URLs carry beyond the path."""
     text = " ".join(str(e).split()) or type(e).__name__
-    text = re.sub(r"[a-z0-9+]+://[^\s'\"<>]+", lambda url: redact(url[0]), text)
+    text = re.sub(r"[A-Za-z0-9+]+://[^\s'\"<>]+", lambda url: redact(url[0]), text)
     return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + "…"
 
 

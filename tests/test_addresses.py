@@ -86,7 +86,7 @@ REFUSED = {
     "s3://": "s3://: an address of s3, not fetched unless allowed, as by --allow-url s3://",
     "gs://mine/a.jpg": "gs://mine/a.jpg: in another bucket",
     "s3://key:secret@mine/a.jpg": "s3://mine/a.jpg: in another bucket",
-    "ftp://user:secret@host/a.jpg": "ftp://host/a.jpg: an address of ftp, not fetched unless allowed, as by --allow-url",
+    "ftp://user:secret@host/a.jpg": "ftp://host/a.jpg: an address of ftp, not fetched unless allowed, as by --allow",
     "memory://a/b.jpg": "memory://a/b.jpg: an address of memory",
     "github://org:repo@main/a.jpg": "github://main/a.jpg: an address of github",
     "zip://a.jpg::s3://mine/x.zip": "addresses of the kind zip://…::… are not fetched",

@@ -18,6 +18,7 @@ from pictures import jpeg
 from test_weights import save_local_dir
 
 from pipeline import versions
+from pipeline.columns import Columns
 from pipeline.config import RunConfig
 from pipeline.listing import list_shards
 from pipeline.output import Root
@@ -180,7 +181,8 @@ def test_a_run_that_stands_still_ends_and_names_the_stage(tmp_path: Path) -> Non
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.jpg"
         (tmp_path / "in").mkdir()
         pq.write_table(pa.table({"url": [url]}), tmp_path / "in" / "y.parquet")
-        stalled = run(config(tmp_path / "in" / "y.parquet", tmp_path / "out", stall_timeout_s=8.0))
+        allowed = Columns(allow_urls=(url,))
+        stalled = run(config(tmp_path / "in" / "y.parquet", tmp_path / "out", stall_timeout_s=8.0, columns=allowed))
     assert stalled.exit_code == STALLED
     assert "no progress for 8 s in stage fetch of y" in stalled.message
 
@@ -205,7 +207,13 @@ def test_other_inputs(kind: str, tmp_path: Path) -> None:
         )
     else:
         write_folder(tmp_path / "in", images)
-    result = run(config(tmp_path / "in", tmp_path / "out"))
+    columns = Columns(allow_urls=(str(tmp_path),))
+    if kind == "urls":
+        refused = run(config(tmp_path / "in", tmp_path / "out", max_reject_rate=1.0))
+        assert refused.json["rejects"] == {"fetch_failed": 6}, "local files are not fetched unless allowed"
+        dry = run(config(tmp_path / "in", tmp_path / "out", columns=columns, dry_run=True))
+        assert dry.json["to_embed"] == ["x"], "with the flag the shard is to do again"
+    result = run(config(tmp_path / "in", tmp_path / "out", columns=columns))
     assert result.exit_code == COMMITTED and result.json["rows"] == 5
     assert result.json["rejects"] == ({"fetch_failed": 1} if kind == "urls" else {})
     shard = "slice-00000000" if kind == "folder" else "x"
