@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import yaml
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.retries import said
 from pipeline.storage import read_bytes, redact
 
 REPEATABLE = {"input", "allow-url"}
@@ -45,10 +46,19 @@ def _read(url: str) -> dict[str, object]:
         # All scalars stay text: YAML would make 62 of `actors: 1:2`, and 8 of 010.
         content = yaml.load(read_bytes(url), Loader=yaml.BaseLoader)
     except (OSError, StorageError, yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UsageError(f"--config {redact(url)} cannot be read: {' '.join(str(e).split())}") from e
+        raise UsageError(f"--config {redact(url)} cannot be read: {_why(e)}") from e
     if not isinstance(content, dict):
         raise UsageError(f"--config {redact(url)} must be a mapping of flag names to values")
     return content
+
+
+def _why(e: Exception) -> str:
+    """YAML's own messages quote the line, which may hold a signed URL."""
+    if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark is not None:
+        return f"{e.problem}, in line {e.problem_mark.line + 1}"
+    if isinstance(e, yaml.reader.ReaderError):
+        return f"{e.reason}, at position {e.position}"
+    return said(e)
 
 
 def _arguments(flag: str, value: object) -> list[str]:

@@ -24,7 +24,7 @@ FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError,
 FINAL_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EINVAL}
 # What the clients behind fsspec raise when they do not turn a failure into an OSError themselves.
 CLIENT_MODULES = {"aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "azure", "requests", "urllib3"}
-FINAL_CLIENT_ERRORS = re.compile("Credential|Token|Auth|Profile|Region|ParamValidation|InvalidURL")
+FINAL_CLIENT_ERRORS = re.compile("Credential|Token|Auth|Profile|Region|ParamValidation|InvalidU(RL|rl)")
 BY_STATUS = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError, 412: FileExistsError}
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ IMAGE_ENDINGS = {
     "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm",
     "jp2", "j2k", "jpx", "avif", "heic", "heif", "jxl", "svg", "ico", "tga", "dds", "psd", "qoi", "xbm", "exr", "hdr",
 }  # fmt: skip
-WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's `base_plus_ext`
+WEBDATASET_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's `base_plus_ext`, over line breaks
 WEBDATASET_META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -104,7 +104,7 @@ def _webdataset(shard: "Shard", images: bool) -> Iterator[Sample]:
     with open_input(shard.url, shard.size) as raw:
         try:
             for member in read_members(raw):
-                name = WEBDATASET_NAME.match(member.name)
+                name = WEBDATASET_NAME.fullmatch(member.name)
                 is_meta = WEBDATASET_META.match(member.name)
                 # Links give no bytes: webdataset skips them. Here one in place of an image must not vanish.
                 is_data = member.kind == "file" or (member.kind != "folder" and is_image(member.name))

@@ -104,7 +104,7 @@ def _pretrained(model: str) -> torch.nn.Module:
         module = timm.create_model(model, pretrained=True).eval()
     except Exception as e:  # the hub's client raises its HTTP library's errors beside OSError and RuntimeError
         raise UsageError(
-            f"pretrained weights of {model} cannot be had: {line(e)}; "
+            f"pretrained weights of {model} cannot be had: {_why(e)}; "
             "give --weights with the URL of a file, or random:SEED to try things out"
         ) from e
     cfg = getattr(module, "pretrained_cfg", {}) or {}
@@ -113,6 +113,14 @@ def _pretrained(model: str) -> torch.nn.Module:
         # timm drops the head's weights here without a word and leaves it at random.
         raise UsageError(f"pretrained weights of {model} have {stored} classes, the model {built}: its head is random")
     return module
+
+
+def _why(e: Exception) -> str:
+    """Without torch's advice to try again unsafely, which nobody here can follow."""
+    text, unsafe, _ = line(e).partition("weights_only=True blocked")
+    if unsafe or "weights_only" in text:
+        return "it holds other things than tensors, which may run code when they are loaded, or is no checkpoint at all"
+    return text
 
 
 def _state_from_url(url: str) -> State:
@@ -129,7 +137,7 @@ def _state_from_url(url: str) -> State:
         try:
             state = load_state_dict(str(local), weights_only=True)
         except Exception as e:  # a damaged or hostile file can fail anywhere in its parser; no code of it has run
-            raise UsageError(f"weights {redact(url)} are no readable checkpoint: {line(e)}") from e
+            raise UsageError(f"weights {redact(url)} are no readable checkpoint: {_why(e)}") from e
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise UsageError(f"weights {redact(url)} hold no tensors")

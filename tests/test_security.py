@@ -1,246 +1,32 @@
-"""Hostile input runs no code, leaves the output's folder alone and shows nobody's secrets."""
+"""Hostile names stay in the output's folder, hostile files are data, and nobody's secrets are shown."""
 
 import io
-import json
-import os
 import pickle
-import struct
-import zipfile
-from collections.abc import Callable
-from http.server import SimpleHTTPRequestHandler
+import tarfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import made
-import numpy as np
-import oracle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import safetensors.torch
-import torch
-from containers import Quiet, serving, tar_bytes, write_folder
+from containers import serving, write_folder, write_tar
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from pictures import jpeg
-from test_weights import save_local_dir
+from test_jobs import call, embed_args
+from test_weights_hostile import Evil
 
 from jobs import job_file
+from pipeline import versions
 from pipeline.errors import UsageError
-from pipeline.weights import load_module, sha256
+from pipeline.listing import list_shards
+from pipeline.output import Root
 
 SECRET = "TopSecret0123"
 
-
-# Checkpoints
-
-
-class Evil:
-    """What a pickle of it does when it is loaded by `pickle.load`: it leaves a file behind."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch '{self.marker}'",)
-
-
-def torch_zip(evil: Evil) -> bytes:
-    sink = io.BytesIO()
-    torch.save({"head.weight": torch.zeros(1), "state_dict": evil}, sink)
-    return sink.getvalue()
-
-
-def torch_legacy(evil: Evil) -> bytes:
-    sink = io.BytesIO()
-    torch.save({"state_dict": evil}, sink, _use_new_zipfile_serialization=False)
-    return sink.getvalue()
-
-
-def torch_old_tar(evil: Evil) -> bytes:
-    """The layout before 0.1.10: a tar of pickles."""
-    return tar_bytes({name: pickle.dumps(evil, 2) for name in ("storages", "tensors", "pickle")})
-
-
-def torchscript(evil: Evil) -> bytes:
-    sink = io.BytesIO()
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), sink)
-    with zipfile.ZipFile(sink, "a") as archive:
-        archive.writestr("archive/extra.pkl", pickle.dumps(evil))
-    return sink.getvalue()
-
-
-def odd_zip(evil: Evil) -> bytes:
-    """The pickle lies twice and below a folder of another name than the archive's."""
-    sink = io.BytesIO()
-    with zipfile.ZipFile(sink, "w") as archive:
-        for name in ("a/data.pkl", "b/data.pkl", "data.pkl", "../data.pkl", "a/version"):
-            archive.writestr(name, pickle.dumps(evil))
-    return sink.getvalue()
-
-
-def bare(evil: Evil) -> bytes:
-    return pickle.dumps(evil)
-
-
-def objects(evil: Evil) -> bytes:
-    """A NumPy archive whose arrays are pickles."""
-    sink = io.BytesIO()
-    np.savez(sink, **{"head.weight": np.array([evil], dtype=object)})
-    return sink.getvalue()
-
-
-def header(evil: Evil) -> bytes:
-    """A safetensors file with a pickle in place of its JSON header."""
-    content = pickle.dumps(evil)
-    return struct.pack("<Q", len(content)) + content
-
-
-ATTACKS: tuple[Callable[[Evil], bytes], ...] = (
-    torch_zip, torch_legacy, torch_old_tar, torchscript, odd_zip, bare, objects, header,
-)  # fmt: skip
-
-
-def works_on_plain_pickle(evil: Evil) -> bool:
-    pickle.loads(pickle.dumps(evil))
-    there = evil.marker.exists()
-    evil.marker.unlink(missing_ok=True)
-    return there
-
-
-@pytest.mark.parametrize("ending", [".pth", ".pt", ".bin", ".safetensors", ".npz"])
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_no_checkpoint_runs_code(attack: Callable[[Evil], bytes], ending: str, tmp_path: Path) -> None:
-    """Whatever its bytes are and its name says, by path or by URL: one sentence, and nothing has been executed."""
-    evil = Evil(tmp_path / "executed")
-    assert works_on_plain_pickle(evil)
-    path = tmp_path / f"w{ending}"
-    path.write_bytes(attack(evil))
-    for url in (str(path), f"file://{path}"):
-        with pytest.raises(UsageError) as e:
-            load_module("test_vit", url)
-        assert "\n" not in str(e.value) and str(path) in str(e.value)
-    assert not evil.marker.exists()
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "model.pth", "odd.pth.tar"])
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_no_local_dir_runs_code(attack: Callable[[Evil], bytes], name: str, tmp_path: Path) -> None:
-    """Nor does a folder that brings its weights along."""
-    folder, evil = save_local_dir(tmp_path / "m", 7, 7), Evil(tmp_path / "executed")
-    (folder / "model.safetensors").unlink()
-    (folder / name).write_bytes(attack(evil))
-    with pytest.raises(UsageError, match="cannot be had") as e:
-        load_module(f"local-dir:{folder}", "pretrained")
-    assert "\n" not in str(e.value) and not evil.marker.exists()
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_no_model_of_the_hub_runs_code(
-    attack: Callable[[Evil], bytes], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As it lies in the hub's own cache: timm's and huggingface_hub's real loading, without the network."""
-    evil = Evil(tmp_path / "executed")
-    snapshot = hub_snapshot(tmp_path, monkeypatch)
-    (snapshot / "config.json").write_text(json.dumps(HUB_CONFIG))
-    (snapshot / name).write_bytes(attack(evil))
-    with pytest.raises(UsageError) as e:
-        load_module("hf-hub:somebody/model", "pretrained")
-    assert "\n" not in str(e.value) and not evil.marker.exists()
-
-
-HUB_CONFIG = {
-    "architecture": "test_vit",
-    "pretrained_cfg": {"num_classes": 1000, "input_size": [3, 160, 160], "fixed_input_size": True},
-}
-
-
-def hub_snapshot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty model in a hub cache of this test's own."""
-    import huggingface_hub.constants
-    import huggingface_hub.file_download
-
-    for module in (huggingface_hub.constants, huggingface_hub.file_download):
-        if hasattr(module, "HF_HUB_CACHE"):
-            monkeypatch.setattr(module, "HF_HUB_CACHE", str(folder / "hub"))
-    model = folder / "hub" / "models--somebody--model"
-    write_folder(model, {"refs/main": b"0" * 40})
-    snapshot = model / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    # "No such file" is remembered by the cache as well, so that another name is looked for.
-    write_folder(model / ".no_exist" / ("0" * 40), {"model.safetensors": b""})
-    return snapshot
-
-
-def test_the_hubs_cache_is_really_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above would be worth nothing otherwise: a good file in the same place is loaded."""
-    snapshot = hub_snapshot(tmp_path, monkeypatch)
-    (snapshot / "config.json").write_text(json.dumps(HUB_CONFIG))
-    state = oracle.module("test_vit", 3).state_dict()
-    torch.save(state, snapshot / "pytorch_model.bin")
-    assert sha256(load_module("hf-hub:somebody/model", "pretrained").state_dict()) == sha256(state)
-
-
-def test_a_configuration_opens_nothing_but_its_own_folder(tmp_path: Path) -> None:
-    """Whatever it names: a URL is not asked, a file and a hub's model elsewhere are not opened, strictness stays."""
-    folder, evil = save_local_dir(tmp_path / "m", 7, 7), Evil(tmp_path / "executed")
-    elsewhere = tmp_path / "elsewhere.pth"
-    torch.save(oracle.module("test_vit", 9).state_dict(), elsewhere)
-    stored = sha256(safetensors.torch.load_file(folder / "model.safetensors"))
-    config = json.loads((folder / "config.json").read_text())
-    with counting(tmp_path) as (url, asked):
-        for key, value in {
-            "url": f"{url}/w.pth",
-            "file": str(elsewhere),
-            "hf_hub_id": "somebody/else",
-            "hf_hub_filename": "../../evil.bin",
-            "custom_load": "hf",
-            "source": "timm",
-            "state_dict": {"head.weight": [1.0]},
-        }.items():
-            changed = config | {"pretrained_cfg": config["pretrained_cfg"] | {key: value}}
-            (folder / "config.json").write_text(json.dumps(changed))
-            module = load_module(f"local-dir:{folder}", "pretrained")
-            assert sha256(module.state_dict()) == stored, key
-        for arguments in (
-            {"checkpoint_path": str(elsewhere)},
-            {"pretrained_cfg_overlay": {"file": str(elsewhere)}},
-            {"pretrained_filter_fn": "os.system"},
-            {"block_fn": f"os.system('touch {evil.marker}')"},
-            {"pretrained_strict": False, "depth": 3},
-            {"features_only": True},
-            {"cache_dir": str(tmp_path)},
-        ):
-            (folder / "config.json").write_text(json.dumps(config | {"model_args": arguments}))
-            with pytest.raises(UsageError) as e:
-                load_module(f"local-dir:{folder}", "pretrained")
-            assert "\n" not in str(e.value), arguments
-        (folder / "config.json").write_text(json.dumps(config | {"architecture": f"local-dir:{tmp_path}"}))
-        with pytest.raises(UsageError):
-            load_module(f"local-dir:{folder}", "pretrained")
-        assert asked == [] and not evil.marker.exists()
-
-
-class counting(serving):
-    """An HTTP server of a folder that remembers what it was asked for."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        asked = self._asked = list[str]()
-
-        class Counting(Quiet):
-            def __init__(self, *args: Any, **settings: Any):
-                super().__init__(*args, directory=str(folder), **settings)
-
-            def do_GET(self) -> None:
-                asked.append(self.path)
-                SimpleHTTPRequestHandler.do_GET(self)
-
-            do_HEAD = do_GET
-
-        self._server.RequestHandlerClass = Counting  # type: ignore[assignment]
-
-    def __enter__(self) -> tuple[str, list[str]]:  # type: ignore[override]
-        return super().__enter__(), self._asked
+# Files
 
 
 def test_a_job_file_is_data(tmp_path: Path) -> None:
@@ -279,3 +65,202 @@ def test_a_parquet_files_metadata_is_data(tmp_path: Path) -> None:
     (receipt,) = made.embed(made.job(tmp_path / "out"), tmp_path / "in")
     assert receipt.error is None and receipt.files and receipt.files.counts.rows == 1
     assert not evil.marker.exists()
+
+
+# Names
+
+
+def everything_below(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+HOSTILE_KEYS = [
+    "/abs/a", "../../up/b", "..", "a/../../c", "C:\\dir\\d", "\\\\host\\share\\e", "new\nline/f", "d.o\nt/g",
+    "$(touch h)", "x" * 4000, "deep/" * 800 + "i", "nul\0j", "~root/k", "%2e%2e%2fl", "a\u202em", "file:///n",
+]  # fmt: skip
+
+
+def hostile_tar(path: Path) -> None:
+    """Every name as pax writes it, which keeps line breaks and NULs."""
+    image = jpeg(20, 20)
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for key in HOSTILE_KEYS:
+            info = tarfile.TarInfo("x")
+            info.size, info.pax_headers = len(image), {"path": f"{key}.jpg"}
+            tar.addfile(info, io.BytesIO(image))
+    path.write_bytes(sink.getvalue())
+
+
+def test_member_names_never_become_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tars and of Parquet's key column: ids keep the key's text, files are named by shard alone."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    folder = tmp_path / "a" / "b" / "in"
+    folder.mkdir(parents=True)
+    hostile_tar(folder / "x.tar")
+    pq.write_table(pa.table({"image": [jpeg(20, 20)] * len(HOSTILE_KEYS), "key": HOSTILE_KEYS}), folder / "y.parquet")
+    before = everything_below(tmp_path)
+    job = made.job(tmp_path / "out")
+    shards = list_shards([str(folder / "x.tar"), str(folder / "y.parquet")])
+    receipts = made.embed(job, shards)
+    assert [r.error for r in receipts] == [None, None]
+    ids = [id for r in receipts if r.files for id in column(tmp_path / "out" / r.files.embeddings, "id")]
+    # webdataset takes a name without anything before its first dot for no sample.
+    skipped = {".."}
+    assert ids == [f"x/{k}" for k in HOSTILE_KEYS if k not in skipped] + [f"y/{k}" for k in HOSTILE_KEYS]
+    written = everything_below(tmp_path) - before
+    names = {f"{s.name}-{s.etag}.parquet" for s in shards}
+    at = f"out/{job.vectors.folder}"
+    assert written == {f"{at}/{kind}/{name}" for kind in ("embeddings", "rejects") for name in names}
+
+
+def column(path: Path, name: str) -> list[Any]:
+    return list(pq.read_table(path)[name].to_pylist())
+
+
+ODD_FILES = [
+    "-rf", "$(touch h)", "a%2f..%2fb", "a..", "c\\..\\d", "~", "q?x=1#y", "{e}", "*", "line\nbreak",
+    "ü", " ", "'\"", "\u2028",
+]  # fmt: skip
+
+
+def test_shard_files_of_odd_names_stay_in_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file of a kind for each, below the set's folder; `files` prints each on one line."""
+    for name in ODD_FILES:
+        write_tar(tmp_path / "in" / f"{name}.tar", {"a.jpg": jpeg(20, 20)})
+    before = everything_below(tmp_path)
+    shards = list_shards([str(tmp_path / "in")])
+    assert len(shards) == len(ODD_FILES) and "line\\nbreak" in {s.name for s in shards}
+    receipts = made.embed(made.job(tmp_path / "out"), shards)
+    files = [r.files for r in receipts if r.files]
+    versions.commit(Root(str(tmp_path / "out")), made.vector_set().name, files)
+    folder = f"out/{made.vector_set().folder}/embeddings"
+    assert all(p.startswith(("out/versions/", "out/sets/")) for p in everything_below(tmp_path) - before)
+    listed = call("files", tmp_path / "out")[1].splitlines()
+    assert sorted(listed) == sorted(str(tmp_path / folder / f"{s.name}-{s.etag}.parquet") for s in shards)
+    assert all(Path(path).is_file() for path in listed)
+
+
+def test_names_that_fit_no_file_are_told_before_any_work(tmp_path: Path) -> None:
+    """A file's name of 255 bytes, the disk's own limit, has no room for the etag."""
+    write_tar(tmp_path / "in" / f"{'x' * 213}.tar", {"a.jpg": jpeg(20, 20)})
+    (receipt,) = made.embed(made.job(tmp_path / "out"), tmp_path / "in")
+    assert receipt.error is None
+    write_tar(tmp_path / "in" / f"{'ü' * 107}.tar", {"a.jpg": jpeg(20, 20)})
+    code, _, err = call(*embed_args(tmp_path / "in", tmp_path / "out2"))
+    assert code == 2 and "its name is too long" in err and "214 bytes" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out2").exists()
+
+
+class Bucket(MemoryFileSystem):
+    """A store whose keys are just text."""
+
+    protocol = "bucket"
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return str(path).removeprefix("bucket://").strip("/")
+
+    def info(self, path: str, **more: Any) -> dict[str, Any]:
+        return {"name": self._strip_protocol(path), "type": "directory", "size": 0}
+
+    def find(self, path: str, *args: Any, **more: Any) -> dict[str, Any]:
+        keys = ("b/in/a.tar", "b/in/d/../../../../up.tar")
+        return {key: {"name": key, "type": "file", "size": 1} for key in keys}
+
+
+def test_a_key_is_no_way_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`..` in an object's key is refused before any work: the output's file would lie elsewhere."""
+    monkeypatch.setitem(_registry, "bucket", Bucket)
+    with pytest.raises(UsageError, match=r"its name d/\.\./\.\./\.\./\.\./up would not be unique"):
+        list_shards(["bucket://b/in"])
+
+
+# Secrets
+
+
+def secretive(url: str) -> list[str]:
+    """The same address with a secret in each place that one may be in."""
+    host = url.removeprefix("http://")
+    return [
+        f"{url}?X-Amz-Signature={SECRET}&a=b",
+        f"{url}?sv=2024&sig={SECRET}#{SECRET}",
+        f"http://user:{SECRET}@{host}",
+        f"http://user%40corp:{SECRET}%40@{host}?a={SECRET}",
+    ]
+
+
+def test_a_signed_input_leaves_no_trace(shards: Path, tmp_path: Path) -> None:
+    """Embedded, committed, dry-run, verified: no secret in any byte of the output or of what is said."""
+    with serving(shards / "a") as url:
+        for i, signed in enumerate(secretive(f"{url}/two.tar")[1:3]):
+            out = tmp_path / f"out{i}"
+            (receipt,) = made.embed(made.job(out), list_shards([signed]))
+            assert receipt.files and SECRET not in repr(receipt)
+            versions.commit(Root(str(out)), made.vector_set().name, [receipt.files])
+            assert [p for p in out.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()] == []
+            said = [call("embed", "--dry-run", "--json", *embed_args(signed, tmp_path / "dry")[1:])]  # type: ignore[arg-type]
+            said += [call("verify", out, "--input", signed, "--json"), call("status", out), call("files", out)]
+            assert [code for code, *_ in said] == [0, 0, 0, 0], said
+            assert SECRET not in str(said)
+
+
+def test_errors_show_no_secret(shards: Path, tmp_path: Path) -> None:
+    """Wherever a URL is given, and whatever is wrong with it."""
+    (tmp_path / "list.txt").write_text(f"https://user:{SECRET}@[bad/x.tar\n")
+    write_folder(tmp_path / "web", {"labels.txt": b"cat\ndog\n", "x.pth": b"no weights", "job.yaml": b"- a"})
+    ok = {"--input": str(shards), "--output": str(tmp_path / "out"), "--model": "test_vit", "--weights": "random:0"}
+    with serving(tmp_path / "web") as url:
+        wrong = [("--input", bad) for bad in (*secretive(f"{url}/none.tar"), *secretive(f"{url}/none-*.tar"))]
+        wrong += [("--input", bad.replace("http://", "HTTP://")) for bad in secretive(f"{url}/none.tar")]
+        wrong += [("--weights", bad) for name in ("none.pth", "x.pth", "x.txt") for bad in secretive(f"{url}/{name}")]
+        wrong += [("--labels", bad) for name in ("none.txt", "labels.txt") for bad in secretive(f"{url}/{name}")]
+        wrong += [("--config", bad) for name in ("none.yaml", "job.yaml") for bad in secretive(f"{url}/{name}")]
+        wrong += [("--output", bad) for bad in secretive(f"{url}/out")]
+        wrong += [
+            ("--input", f"@{tmp_path}/list.txt"),
+            ("--input", f"s3://AKIA:{SECRET}@bucket/x.tar"),
+            ("--output", f"s3://AKIA:{SECRET}@bucket/out"),
+            ("--input", f"az://container/x.tar?sv=1&sig={SECRET}"),
+            ("--input", f"nothing://user:{SECRET}@host/x.tar?sig={SECRET}"),
+            ("--input", f"zip://x.tar::https://host/x.zip?sig={SECRET}"),
+            ("--allow-url", f"https://host/?sig={SECRET}"),
+            ("--allow-url", f"https://user:{SECRET}@host/"),
+        ]
+        for flag, value in wrong:
+            flags = [part for pair in (ok | {flag: value}).items() for part in pair]
+            with redirect_stderr(io.StringIO()) as err:
+                try:
+                    argv = job_file.expand(["embed", *flags, "--json"])
+                except UsageError as e:
+                    code, said = 2, str(e)
+                else:
+                    code, *streams = call(*argv)
+                    said = "".join(streams)
+            assert code == 2, (flag, value, said)
+            assert SECRET not in said + err.getvalue(), (flag, value, said)
+            assert "Traceback" not in said
+
+
+def test_a_job_file_that_cannot_be_read_is_not_quoted(tmp_path: Path) -> None:
+    """YAML's own messages show the line, which may hold a signed URL."""
+    for text in (f"input: [https://h/x.tar?sig={SECRET}\nmodel: {{", f"a: b: https://u:{SECRET}@h", f"\t{SECRET}"):
+        (tmp_path / "job.yaml").write_text(text)
+        with pytest.raises(UsageError, match=r"job\.yaml cannot be read: .*line \d") as e:
+            job_file.expand(["embed", "--config", str(tmp_path / "job.yaml")])
+        assert SECRET not in str(e.value)
+
+
+def test_addresses_of_a_column_are_redacted_in_the_output(tmp_path: Path) -> None:
+    """The reject says which host and path, never the signature."""
+    urls = secretive("http://127.0.0.1:1/a.jpg")
+    urls += [f"s3://k:{SECRET}@b/a", f"data:image/png;base64,{SECRET}", f"ftp://u:{SECRET}@h/a?x", f"https://[{SECRET}"]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"url": urls}), tmp_path / "in" / "x.parquet")
+    (receipt,) = made.embed(made.job(tmp_path / "out"), tmp_path / "in")
+    assert receipt.files and receipt.files.counts.rejects == {"fetch_failed": len(urls)}
+    messages = column(tmp_path / "out" / receipt.files.rejects, "message")
+    assert SECRET not in str(messages) and all("127.0.0.1:1/a.jpg: a private address" in m for m in messages[:4])
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()] == []
