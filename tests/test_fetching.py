@@ -262,10 +262,12 @@ def test_a_public_address_does_not_lead_to_an_allowed_host_beside_its_prefix(pub
     """A redirect is an address like any other: below the prefix it is followed, elsewhere not."""
     prefix = f"{private.url}/photos/"
     public.answers = {"/in": (302, f"{private.url}/photos/a"), "/out": (302, f"{private.url}/admin")}
+    private.answers = {"/photos/bounced": (302, f"{public.url}/out")}
     assert get(f"{private.url}/photos/first", prefix) == b"image"
     assert get(f"{public.url}/in", prefix) == b"image"
     assert "a private address" in refusal(f"{public.url}/out", prefix)
-    assert private.asked == ["/photos/first", "/photos/a"]
+    assert "a private address" in refusal(f"{private.url}/photos/bounced", prefix)
+    assert private.asked == ["/photos/first", "/photos/a", "/photos/bounced"]
 
 
 def test_no_proxy_of_the_environment_is_asked(public: Web, private: Web, monkeypatch: pytest.MonkeyPatch) -> None:

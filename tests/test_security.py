@@ -4,6 +4,7 @@ import io
 import pickle
 import tarfile
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,8 @@ def test_a_signed_input_leaves_no_trace(shards: Path, tmp_path: Path) -> None:
     with serving(shards / "a") as url:
         for i, signed in enumerate(secretive(f"{url}/two.tar")[1:3]):
             out = tmp_path / f"out{i}"
-            (receipt,) = made.embed(made.job(out), list_shards([signed]))
+            (shard,) = list_shards([signed])
+            (receipt,) = made.embed(made.job(out), [shard])
             assert receipt.files and SECRET not in repr(receipt)
             versions.commit(Root(str(out)), made.vector_set().name, [receipt.files])
             assert [p for p in out.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()] == []
@@ -201,6 +203,10 @@ def test_a_signed_input_leaves_no_trace(shards: Path, tmp_path: Path) -> None:
             said += [call("verify", out, "--input", signed, "--json"), call("status", out), call("files", out)]
             assert [code for code, *_ in said] == [0, 0, 0, 0], said
             assert SECRET not in str(said)
+            assert shard.source is not None
+            stale = replace(shard, source=replace(shard.source, etag="0" * 16))
+            (failed,) = made.embed(made.job(tmp_path / f"stale{i}"), [stale])
+            assert "/two.tar changed while it was read" in str(failed.error) and SECRET not in str(failed.error)
 
 
 def test_errors_show_no_secret(shards: Path, tmp_path: Path) -> None:
