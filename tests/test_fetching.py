@@ -1,6 +1,5 @@
 """The promises of pipeline/fetching.py: what a URL column names is fetched, and leads to nothing private by itself."""
 
-import http.server
 import os
 import socket
 import threading
@@ -13,6 +12,7 @@ import pytest
 from containers import clear_memory, write_folder
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from web import Web
 
 from pipeline import fetching
 from pipeline.addresses import Access
@@ -36,51 +36,6 @@ def refusal(url: str, *allowed: str, beside: str = "") -> str:
     assert (e.value.reason, e.value.stage) == ("fetch_failed", "fetch")
     assert SECRET not in e.value.message and "\n" not in e.value.message
     return e.value.message
-
-
-class Web:
-    """An HTTP server: `answers` by path, (status, Location or body); `asked` are the request lines' paths."""
-
-    def __init__(self, host: str = "127.0.0.1", port: int = 0):
-        web = self
-        self.answers: dict[str, tuple[int, bytes | str]] = {}
-        self.asked: list[str] = []
-        self.headers: list[dict[str, str]] = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"  # connections are kept, so that their reuse is tested
-
-            def do_GET(self) -> None:
-                web.asked.append(self.path)
-                web.headers.append(dict(self.headers))
-                status, what = web.answers.get(self.path.partition("?")[0], (200, b"image"))
-                self.send_response(status)
-                if isinstance(what, str):
-                    self.send_header("Location", what)
-                    what = b"moved"
-                self.send_header("Content-Length", str(len(what)))
-                self.end_headers()
-                self.wfile.write(what)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(http.server.ThreadingHTTPServer):
-            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            daemon_threads = True
-
-        self._server = Server((host, port), Handler)
-        self.port = self._server.server_port
-        self.at = f"{f'[{host}]' if ':' in host else host}:{self.port}"
-        self.url = f"http://{self.at}"
-
-    def __enter__(self) -> "Web":
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
