@@ -19,6 +19,12 @@ def embed(
     image_column: Annotated[str | None, typer.Option(help="Parquet: bytes, or {bytes, path} [found]")] = None,
     key_column: Annotated[str | None, typer.Option(help="Parquet: the id of each row [found, else its number]")] = None,
     uri_column: Annotated[str | None, typer.Option(help="Parquet: image URLs to fetch [found]")] = None,
+    allow_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Parquet: beginning of image URLs to fetch though local, private, of other buckets; repeatable"
+        ),
+    ] = None,
     weights: Annotated[str, typer.Option(help="pretrained, random:SEED, or a .safetensors/.pth URL")] = "pretrained",
     outputs: Annotated[
         str | None, typer.Option(help="Beside the embedding: classes,tokens,features,heads [embedding,classes]")
@@ -71,7 +77,7 @@ def embed(
                 output=output,
                 model=model,
                 format=format,
-                columns=Columns(image=image_column, key=key_column, uri=uri_column),
+                columns=Columns(image=image_column, key=key_column, uri=uri_column, allow_urls=tuple(allow_url or ())),
                 weights=weights,
                 outputs=_words(outputs),
                 feature_indices=_indices(feature_indices),

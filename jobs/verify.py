@@ -14,6 +14,7 @@ def verify(
     image_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
     key_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
     uri_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
+    allow_url: Annotated[list[str] | None, typer.Option(help="As for embed; repeatable")] = None,
     version: Annotated[int | None, typer.Option(help="[the current one]")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
     config: Annotated[str | None, typer.Option(help="A YAML file of these flags; the command line wins")] = None,
@@ -30,7 +31,8 @@ def verify(
 
         root = versions.existing_output(output)
         committed = versions.current(root, version)
-        columns = Columns(image=image_column, key=key_column, uri=uri_column)
+        allowed = tuple(allow_url or ())
+        columns = Columns(image=image_column, key=key_column, uri=uri_column, allow_urls=allowed)
         shards = list_shards(input, format=format, columns=columns, exclude=root.url) if input else None
         found = check(root, committed, shards)
         for problem in found.problems:

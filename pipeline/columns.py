@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
+from pipeline.addresses import check_prefix
 from pipeline.errors import UsageError
 
 # Found by these names, in this order; the second line of images only where no name of the first is there.
@@ -23,11 +24,15 @@ LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "label_id", "targe
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The columns that the user named; None: found by type and name."""
+    """The columns that the user named; None: found by type and name. Raises `UsageError` for a prefix that is none."""
 
     image: str | None = None  # binary, or Hugging Face's struct {bytes, path}
     key: str | None = None  # string or integer; none found: the row's number is the key
     uri: str | None = None  # string: addresses to fetch, instead of `image`
+    allow_urls: tuple[str, ...] = ()  # prefixes of addresses in `uri` that are fetched though local, private, elsewhere
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "allow_urls", tuple(sorted(set(map(check_prefix, self.allow_urls)))))
 
 
 UNNAMED = Columns()

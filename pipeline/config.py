@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.images import Preprocessing
 from pipeline.listing import FORMATS, Columns
+from pipeline.storage import redact
 
 SCHEMA_VERSION = 2  # raise it with any change of the output's columns or of how a vector is made
 OUTPUTS = ("embedding", "classes", "tokens", "features", "heads")
@@ -91,6 +92,8 @@ class RunConfig:
         for flag, value in (("--output", self.output), ("--model", self.model), ("--weights", self.weights)):
             if not value:
                 raise UsageError(f"{flag} is empty")
+        if self.output.lower().startswith(("http://", "https://")):
+            raise UsageError(f"--output {redact(self.output)}: a web server takes no files: name a folder or a bucket")
         _one_of("--format", self.format, (*FORMATS, None))
         _one_of("--precision", self.precision, PRECISIONS)
         _one_of("--vector-type", self.vector_type, VECTOR_TYPES)

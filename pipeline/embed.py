@@ -22,13 +22,14 @@ import torch
 from pipeline.backbone import Backbone, Vectors
 from pipeline.config import Adapt, VectorSet
 from pipeline.errors import Reject, StorageError
+from pipeline.fetching import fetch
 from pipeline.flow import ByteBudget, Flow
 from pipeline.images import Decoded, Decoder
 from pipeline.isolation import IsolatedDecoder
 from pipeline.listing import Shard
 from pipeline.output import Root
 from pipeline.rows import NotFinite, ShardWriter
-from pipeline.shards import Sample, fetch, read_samples
+from pipeline.shards import Sample, read_samples
 from pipeline.storage import is_local, is_unchanged, redact, resolve
 from pipeline.versions import ShardFiles, publish, published
 

@@ -6,6 +6,7 @@ was found: shards keep their names when others come and go. What cannot be told 
 
 import posixpath
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ from pipeline.tables import read_schema
 
 FORMATS = ("webdataset", "parquet", "folder")
 ENDINGS = {"webdataset": (".tar.gz", ".tgz", ".tar"), "parquet": (".parquet", ".pq")}
+# Bytes of a shard's name: of its last part, to which `-<etag>-<digest>.parquet` is added, and 255 fit a file name; and
+# of all, as S3 takes keys of 1024 with the output's own folders.
+MAX_LAST_BYTES, MAX_NAME_BYTES = 255 - 42, 800
 SLICE_IMAGES = 1000  # mean images of a folder's slice: one file of output, about 4 MB at 1024 dimensions
 
 
@@ -83,7 +87,7 @@ def list_shards(
 
 
 def _shard(entry: Entry, form: str, columns: Columns) -> Shard:
-    read_as = (columns.image, columns.key, columns.uri) if form == "parquet" else ()
+    read_as = (columns.image, columns.key, columns.uri, *columns.allow_urls) if form == "parquet" else ()
     kept = columns if form == "parquet" else UNNAMED
     etag = digest(entry.etag, form, *read_as)
     return Shard(name="", format=form, url=entry.url, size=entry.size, etag=etag, columns=kept, source=entry)
@@ -257,6 +261,7 @@ def _distinct(named: list[tuple[str, str, Shard]]) -> list[Shard]:
     for shard in shards:
         if names[shard.name] > 1 or shard.name in folders or {".", ".."} & set(shard.name.split("/")):
             raise UsageError(f"{redact(shard.url)}: its name {shard.name} would not be unique: give inputs apart")
+        _check_length(shard)
     return shards
 
 
@@ -265,9 +270,19 @@ def _parents(name: str) -> list[str]:
     return ["/".join(parts[:n]) for n in range(1, len(parts))]
 
 
+def _check_length(shard: Shard) -> None:
+    *above, last = (len(part.encode()) for part in shard.name.split("/"))
+    if last > MAX_LAST_BYTES or max(above, default=0) > 255 or len(shard.name.encode()) > MAX_NAME_BYTES:
+        raise UsageError(
+            f"{redact(shard.url)}: its name is too long for the output's files: {last} bytes and "
+            f"{len(shard.name.encode())} with its folders, at most {MAX_LAST_BYTES} and {MAX_NAME_BYTES} fit: rename it"
+        )
+
+
 def _text(name: str) -> str:
-    """A name as valid Unicode: bytes that were no UTF-8 are spelled out."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """A name as valid Unicode on one line: bytes that were no UTF-8, and control characters, are spelled out."""
+    valid = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in valid)
 
 
 def check_columns(shards: Iterable[Shard], columns: Columns) -> None:

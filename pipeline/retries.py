@@ -30,7 +30,7 @@ FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError,
 FINAL_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EINVAL}
 # What the clients behind fsspec raise when they do not turn a failure into an OSError themselves.
 CLIENT_MODULES = {"aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "azure", "requests", "urllib3"}
-FINAL_CLIENT_ERRORS = re.compile("Credential|Token|Auth|Signing|Profile|Region|ParamValidation|InvalidURL")
+FINAL_CLIENT_ERRORS = re.compile("Credential|Token|Auth|Signing|Profile|Region|ParamValidation|InvalidU(RL|rl)")
 # S3's words for what passes though its status says otherwise: bytes of ours that were lost or altered on their way, and
 # the end of an upload in parts that has ended already, its answer lost: a new upload then finds the object.
 PASSING = {"IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
@@ -46,11 +46,13 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 def redact(url: str) -> str:
     """The URL without user, password and query: what may be shown in messages and stored in files."""
     scheme, mark, rest = url.partition("://")
-    if not mark or scheme == "file":
+    if not mark or scheme.lower() == "file":
         return url
     # In a bucket `?` and `#` may belong to a key or a pattern.
-    rest = re.sub(r"[?#].*" if scheme.startswith("http") else r"\?[^/?]*=.*", "", rest)
+    rest = re.sub(r"[?#].*" if scheme.lower().startswith("http") else r"\?[^/?]*=.*", "", rest)
     host, slash, path = rest.partition("/")
+    if re.search(r":(?!\d*$)", host.rpartition("]")[2]) and "@" in path:  # a password with a slash in it
+        host, slash, path = rest.rpartition("@")[2].partition("/")
     return scheme + mark + host.rpartition("@")[2] + slash + path
 
 
@@ -58,7 +60,7 @@ def said(e: Exception) -> str:
     """What an error says, in one line and without what its URLs carry beyond the path."""
     sentence = str(e).partition("\nRequestId:")[0]  # Azure's client appends the whole answer, XML and all
     text = " ".join(sentence.split()) or type(e).__name__
-    text = re.sub(r"[a-z0-9+]+://[^\s'\"<>]+", lambda url: redact(url[0]), text)
+    text = re.sub(r"[A-Za-z0-9+]+://[^\s'\"<>]+", lambda url: redact(url[0]), text)
     return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + "…"
 
 

@@ -8,29 +8,24 @@ import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, cast
 
-import aiohttp
-import fsspec
-import stamina
-
-from pipeline.errors import Reject, StorageError, UsageError
-from pipeline.storage import CLIENT_MODULES, is_local, open_input, read_bytes, redact, resolve
+from pipeline.addresses import Access
+from pipeline.errors import Reject
+from pipeline.fetching import MAX_IMAGE_BYTES, read_own
+from pipeline.storage import is_local, open_input, resolve
 from pipeline.tables import read_rows
 from pipeline.tars import Member, read_members
 
 if TYPE_CHECKING:  # listing.py imports us
     from pipeline.listing import Shard
 
-MAX_IMAGE_BYTES = 256 * 2**20  # one image as stored; scans of maps reach about 100 MiB
 LABEL_MAX_BYTES = 32  # a `.cls` member: an integer as text
 IMAGE_ENDINGS = {
     "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm",
     "jp2", "j2k", "jpx", "avif", "heic", "heif", "jxl", "svg", "ico", "tga", "dds", "psd", "qoi", "xbm", "exr", "hdr",
 }  # fmt: skip
-FETCH_ATTEMPTS = 3  # of an address out of a column: most that fail are dead, and every one costs the waits
-FETCH_TIMEOUT_S = 60.0  # one HTTP request with its body
-WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's `base_plus_ext`
+WEBDATASET_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's `base_plus_ext`, over line breaks
 WEBDATASET_META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -42,7 +37,8 @@ class Sample:
     key: str
     image: bytes = b""
     label: int | None = None
-    url: str | None = None  # to be had with `fetch`, in a thread, instead of `image`
+    url: str | None = None  # to be had with `fetching.fetch`, in a thread, instead of `image`
+    access: Access = Access()  # with `url`: what an address out of a column may lead to
     listed_bytes: int | None = None  # with `url`: a folder's own file and its size, not an address out of a column
     size: int = 0  # of the image as stored, where it is known; 0 for one behind a URL
     reject: Reject | None = None  # already known to give no vector
@@ -108,7 +104,7 @@ def _webdataset(shard: "Shard", images: bool) -> Iterator[Sample]:
     with open_input(shard.url, shard.size) as raw:
         try:
             for member in read_members(raw):
-                name = WEBDATASET_NAME.match(member.name)
+                name = WEBDATASET_NAME.fullmatch(member.name)
                 is_meta = WEBDATASET_META.match(member.name)
                 # Links give no bytes: webdataset skips them. Here one in place of an image must not vanish.
                 is_data = member.kind == "file" or (member.kind != "folder" and is_image(member.name))
@@ -187,11 +183,12 @@ def _integer(text: bytes) -> int | None:
 
 
 def _parquet(shard: "Shard", images: bool) -> Iterator[Sample]:
+    access = Access(shard.url, shard.columns.allow_urls)
     with open_input(shard.url, shard.size) as raw:
         for row in read_rows(raw, shard.size, shard.columns, images):
             sample = Sample(0, row.key, row.image or b"", row.label, reject=row.reject)
             if row.url is not None:
-                sample.url = _absolute(row.url, shard.url)
+                sample.url, sample.access = _absolute(row.url, shard.url), access
             elif images and row.reject is None:
                 _sized(sample, len(sample.image))
             yield sample
@@ -217,79 +214,5 @@ def _folder(shard: "Shard", images: bool) -> Iterator[Sample]:
         if sample.reject is None and remote:
             sample.url, sample.listed_bytes = member.url, member.size
         elif sample.reject is None and images:
-            sample.image = _read_own(member.url, member.size)
+            sample.image = read_own(member.url, member.size)
         yield sample
-
-
-def _read_own(url: str, size: int) -> bytes:
-    try:
-        content = read_bytes(url)
-    except FileNotFoundError as e:
-        raise StorageError(f"{redact(url)} has gone since it was listed: run again") from e
-    if len(content) != size:
-        raise StorageError(f"{redact(url)} has {len(content)} bytes, {size} when it was listed: run again")
-    return content
-
-
-def fetch(sample: Sample) -> bytes:
-    """The image at `sample.url`, at most `MAX_IMAGE_BYTES`.
-
-    A folder's own file raises `StorageError` after storage.py's retries. An address out of a column is data: whatever
-    is wrong with it raises a `Reject`, at once where the server's answer is final, else after `FETCH_ATTEMPTS`.
-    """
-    assert sample.url is not None, "the sample holds its image itself"
-    if sample.listed_bytes is not None:
-        return _read_own(sample.url, sample.listed_bytes)
-    shown = "a malformed URL"
-    try:
-        shown = redact(sample.url)
-        fs, path = resolve(sample.url)
-        for attempt in stamina.retry_context(on=_may_pass, attempts=FETCH_ATTEMPTS, wait_initial=0.2, wait_max=2):
-            with attempt:
-                content = _read_bounded(fs, path)
-    except MemoryError:
-        raise
-    except Exception as e:  # whatever a client makes of an address out of data is that sample's
-        raise Reject("fetch_failed", "fetch", str(e) if isinstance(e, UsageError) else f"{shown}: {_cause(e)}") from e
-    if not content:
-        raise Reject("empty", "fetch", f"{shown}: no bytes")
-    if len(content) > MAX_IMAGE_BYTES:
-        raise Reject("too_large", "fetch", f"{shown}: more than {MAX_IMAGE_BYTES} bytes")
-    return content
-
-
-def _read_bounded(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """All bytes, or one more than `MAX_IMAGE_BYTES`, whatever size the server claims."""
-    options: dict[str, Any] = {}
-    if path.startswith(("http://", "https://")):
-        # A plain stream: one request, no HEAD before it. `size` is only looked at to be there.
-        options = {"block_size": 0, "size": 1, "timeout": aiohttp.ClientTimeout(total=FETCH_TIMEOUT_S)}
-    if is_local(fs) and not fs.isfile(path):
-        raise FileNotFoundError(path)  # a pipe would block for ever
-    parts, wanted = list[bytes](), MAX_IMAGE_BYTES + 1
-    with cast(BinaryIO, fs.open(path, "rb", **options)) as file:
-        while wanted > 0 and (part := file.read(wanted)):
-            parts.append(part)
-            wanted -= len(part)
-    return b"".join(parts)
-
-
-def _may_pass(e: Exception) -> bool:
-    if status := _status(e):
-        return status in (408, 425, 429) or status >= 500
-    is_client = type(e).__module__.partition(".")[0] in CLIENT_MODULES
-    return isinstance(e, ConnectionError) or (is_client and not isinstance(e, ValueError | TimeoutError))
-
-
-def _status(e: Exception) -> int:
-    """HTTP's; 0 where there was no answer."""
-    return int(getattr(e, "status", 0) or 0)
-
-
-def _cause(e: Exception) -> str:
-    """What went wrong, without the client's own words: they hold the URL with its query."""
-    if isinstance(e, FileNotFoundError):
-        return "not found"
-    if status := _status(e):
-        return f"HTTP {status}"
-    return f"{type(e).__name__} {getattr(e, 'strerror', None) or ''}".strip()

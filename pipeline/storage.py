@@ -28,7 +28,7 @@ from fsspec.implementations.http import HTTPFileSystem
 from fsspec.utils import glob_translate
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.retries import CLIENT_MODULES as CLIENT_MODULES  # for shards.py
+from pipeline.retries import CLIENT_MODULES as CLIENT_MODULES  # for fetching.py
 from pipeline.retries import RangeReader, is_local, read_all, redact, retrying, said
 
 READ_TIMEOUT_S = 15.0  # without a byte of an answer, which is then asked for again; s3fs' own

@@ -7,6 +7,7 @@ this node under their SHA-256, so that every actor of the node loads the same by
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 from contextlib import suppress
@@ -26,7 +27,13 @@ from pipeline.describe import check_model_name
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage import read_bytes, redact
 
+# What timm's factories take beside a model's own arguments: where weights come from and how strictly they fit. In a
+# config.json's `model_args` these would be obeyed without a word.
+LOADING = re.compile("pretrained.*|checkpoint_path|cache_dir|features_only|feature_.*|kwargs_filter|model_cfg|pruned")
 KEEP_STAGED_S = 30 * 86400  # a staged file that nothing has used for so long is deleted
+
+
+CONFIGS = {"local-dir": load_model_config_from_path, "hf-hub": load_model_config_from_hf}  # (cfg, name, arguments)
 
 
 def load_module(model: str, weights: str, adapt: Adapt = OWN) -> torch.nn.Module:
@@ -37,6 +44,7 @@ def load_module(model: str, weights: str, adapt: Adapt = OWN) -> torch.nn.Module
     and for weights that are not there or do not fit.
     """
     check_model_name(model)
+    _check_arguments(model)
     if weights.startswith("random:"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(weights.removeprefix("random:")))
@@ -72,11 +80,23 @@ def _head_classes(module: torch.nn.Module, state: State) -> int | None:
 def architecture_of(model: str) -> str:
     """What decides the layers: timm's name; of `local-dir:` and `hf-hub:` also the arguments in their config.json."""
     source, name = parse_model_name(model)
-    if source not in ("local-dir", "hf-hub"):
+    if source not in CONFIGS:
         return str(name)
-    load = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
-    _, architecture, arguments = load(name)
+    _, architecture, arguments = CONFIGS[source](name)
     return f"{architecture} {json.dumps(arguments or {}, sort_keys=True, default=str)}"
+
+
+def _check_arguments(model: str) -> None:
+    """Refuses a config.json that says how its weights are to be loaded, beside what the model is built with."""
+    source, name = parse_model_name(model)
+    if source not in CONFIGS:
+        return
+    try:
+        arguments = dict(CONFIGS[source](name)[2] or {})
+    except Exception as e:  # a config.json holds anything; timm takes its parts as they come
+        raise UsageError(f"model {model}: its config.json cannot be used: {line(e)}") from e
+    if wrong := [key for key in arguments if LOADING.fullmatch(key)]:
+        raise UsageError(f"model {model}: `model_args` of its config.json may not hold {', '.join(wrong)}")
 
 
 def _pretrained(model: str) -> torch.nn.Module:
@@ -84,7 +104,7 @@ def _pretrained(model: str) -> torch.nn.Module:
         module = timm.create_model(model, pretrained=True).eval()
     except Exception as e:  # the hub's client raises its HTTP library's errors beside OSError and RuntimeError
         raise UsageError(
-            f"pretrained weights of {model} cannot be had: {line(e)}; "
+            f"pretrained weights of {model} cannot be had: {_why(e)}; "
             "give --weights with the URL of a file, or random:SEED to try things out"
         ) from e
     cfg = getattr(module, "pretrained_cfg", {}) or {}
@@ -93,6 +113,14 @@ def _pretrained(model: str) -> torch.nn.Module:
         # timm drops the head's weights here without a word and leaves it at random.
         raise UsageError(f"pretrained weights of {model} have {stored} classes, the model {built}: its head is random")
     return module
+
+
+def _why(e: Exception) -> str:
+    """Without torch's advice to try again unsafely, which nobody here can follow."""
+    text, unsafe, _ = line(e).partition("weights_only=True blocked")
+    if unsafe or "weights_only" in text:
+        return "it holds other things than tensors, which may run code when they are loaded, or is no checkpoint at all"
+    return text
 
 
 def _state_from_url(url: str) -> State:
@@ -109,7 +137,7 @@ def _state_from_url(url: str) -> State:
         try:
             state = load_state_dict(str(local), weights_only=True)
         except Exception as e:  # a damaged or hostile file can fail anywhere in its parser; no code of it has run
-            raise UsageError(f"weights {redact(url)} are no readable checkpoint: {line(e)}") from e
+            raise UsageError(f"weights {redact(url)} are no readable checkpoint: {_why(e)}") from e
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise UsageError(f"weights {redact(url)} hold no tensors")

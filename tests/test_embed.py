@@ -18,6 +18,7 @@ from containers import write_parquet, write_tar
 from pictures import jpeg
 
 from pipeline import embed as embed_module
+from pipeline.columns import Columns
 from pipeline.embed import Receipt
 from pipeline.flow import ByteBudget, Flow
 from pipeline.listing import list_shards
@@ -192,7 +193,7 @@ def test_rejects_of_an_unfinished_attempt_are_not_mixed_with_ours(tmp_path: Path
     pq.write_table(
         pa.table({"url": [str(tmp_path / "image.jpg"), str(tmp_path / "late.jpg")]}), tmp_path / "in/x.parquet"
     )
-    listed = list_shards([str(tmp_path / "in")])
+    listed = list_shards([str(tmp_path / "in")], columns=Columns(allow_urls=(str(tmp_path),)))
     job = made.job(tmp_path / "out")
     (died,) = made.embed(job, listed)
     assert died.files.counts.rejects == {"fetch_failed": 1}

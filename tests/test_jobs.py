@@ -59,6 +59,10 @@ WRONG = {
     "bad precision": (["--precision", "fp8"], "--precision fp8"),
     "bad number": (["--top-k", "x"], "top-k"),
     "no such column": (["--input", "{tmp}/x.parquet"], "--image-column"),
+    "allowed nowhere": (
+        ["--allow-url", "photos/"],
+        "--allow-url photos/: must be a URL's beginning or an absolute path",
+    ),
     "unknown flag": (["--colour", "red"], "--colour"),
     "unknown output": (["--outputs", "embedding,logits"], "--outputs logits: choose one of"),
     "one head": (["--outputs", "heads"], "test_vit has no second classifier head"),
@@ -122,6 +126,9 @@ def test_a_job_file_stands_for_flags_and_the_command_line_wins(tmp_path: Path) -
         *("embed", "--top-k=7", "--model", "test_vit"),
         *("--input", "a.tar", "--input", "b.tar", "--normalize", "--outputs", "embedding,classes"),
     ]
+    (tmp_path / "urls.yaml").write_text("allow_url: [/data/, s3://b/]\nallow-urls: x\n")
+    several = job_file.expand(["embed", "--config", str(tmp_path / "urls.yaml")])
+    assert several[1:5] == ["--allow-url", "/data/", "--allow-url", "s3://b/"]
     (tmp_path / "pool.yaml").write_text("actors: 1:2\nbatch_size: 010\n")
     pool = job_file.expand(["embed", "--config", str(tmp_path / "pool.yaml")])
     assert pool == ["embed", "--actors", "1:2", "--batch-size", "010"]

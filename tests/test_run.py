@@ -18,6 +18,7 @@ from pictures import jpeg
 from test_weights import save_local_dir
 
 from pipeline import versions
+from pipeline.columns import Columns
 from pipeline.config import RunConfig
 from pipeline.listing import list_shards
 from pipeline.output import Root
@@ -212,7 +213,8 @@ def test_a_run_that_stands_still_ends_and_names_the_stage(tmp_path: Path) -> Non
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.jpg"
         (tmp_path / "in").mkdir()
         pq.write_table(pa.table({"url": [url]}), tmp_path / "in" / "y.parquet")
-        stalled = run(config(tmp_path / "in" / "y.parquet", tmp_path / "out", stall_timeout_s=8.0))
+        allowed = Columns(allow_urls=(url,))
+        stalled = run(config(tmp_path / "in" / "y.parquet", tmp_path / "out", stall_timeout_s=8.0, columns=allowed))
     assert stalled.exit_code == STALLED
     assert "no progress for 8 s in stage fetch of y" in stalled.message
 
@@ -237,9 +239,12 @@ def test_other_inputs(kind: str, tmp_path: Path) -> None:
         )
     else:
         write_folder(tmp_path / "in", images)
-    result = run(config(tmp_path / "in", tmp_path / "out"))
+    columns = Columns(allow_urls=(str(tmp_path),))
+    result = run(config(tmp_path / "in", tmp_path / "out", columns=columns))
     assert result.exit_code == COMMITTED and result.json["rows"] == 5
     assert result.json["rejects"] == ({"fetch_failed": 1} if kind == "urls" else {})
+    if kind == "urls":
+        assert run(config(tmp_path / "in", tmp_path / "out", dry_run=True)).json["to_embed"] == ["x"], "read otherwise"
     shard = "slice-00000000" if kind == "folder" else "x"
     found = rows(tmp_path / "out")
     assert list(found) == [f"{shard}/{k}" for k in keys]

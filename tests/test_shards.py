@@ -2,11 +2,8 @@
 
 import gzip
 import io
-import os
 import random
-import socket
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from containers import samples_of, serving, tar_bytes, tar_of, told, write_folder, write_parquet, write_tar
+from containers import samples_of, tar_bytes, tar_of, told, write_folder, write_parquet, write_tar
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import shards, tars
+from pipeline import tars
 from pipeline.columns import UNNAMED
-from pipeline.errors import Reject, StorageError
+from pipeline.errors import StorageError
+from pipeline.fetching import fetch
 from pipeline.listing import Shard, list_shards
-from pipeline.shards import Sample, fetch, read_keys, read_samples
+from pipeline.shards import read_keys, read_samples
 from pipeline.storage import Entry
 from pipeline.tables import read_rows
 
@@ -201,78 +199,6 @@ def test_uri_columns_leave_the_fetching_to_threads(tmp_path: Path) -> None:
         f.write((tmp_path / "x.parquet").read_bytes())
     (shard,) = list_shards(["memory://bucket/d/x.parquet"])
     assert [s.url for s in read_samples(shard)][1:3] == ["memory:///bucket/d/b/c.jpg", "memory:///bucket/d.jpg"][:2]
-
-
-def refused(url: str) -> Reject:
-    with pytest.raises(Reject) as e:
-        fetch(Sample(0, "k", url=url))
-    assert e.value.stage == "fetch" and "secret" not in e.value.message
-    return e.value
-
-
-def test_addresses_are_fetched_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any URL; what cannot be had is a reject with the URL but not its query; never more than the limit is held."""
-    write_folder(tmp_path, {"a.jpg": b"image", "big.jpg": b"b" * 3000, "empty.jpg": b""})
-    with fsspec.open("memory://fetch/m.jpg", "wb") as f:
-        f.write(b"memory")
-    os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setattr(shards, "MAX_IMAGE_BYTES", 2000)
-    with serving(tmp_path) as url:
-        assert fetch(Sample(0, "k", url=f"{url}/a.jpg?token=secret")) == b"image"
-        assert refused(f"{url}/gone.jpg?token=secret").message == f"{url}/gone.jpg: not found"
-        assert refused(f"{url}/big.jpg").reason == "too_large" and refused(f"{url}/empty.jpg").reason == "empty"
-    assert fetch(Sample(0, "k", url="memory://fetch/m.jpg")) == b"memory"
-    assert fetch(Sample(0, "k", url=str(tmp_path / "a.jpg"))) == b"image"
-    assert refused(str(tmp_path / "big.jpg")).reason == "too_large"
-    for bad in (
-        "memory://fetch/none.jpg",
-        str(tmp_path / "none.jpg"),
-        str(tmp_path),
-        str(tmp_path / "pipe"),
-        "nothing://x",
-        "reference://x",
-        "http://[bad/a.jpg",
-    ):
-        assert refused(bad).reason == "fetch_failed"
-
-
-def test_only_what_may_pass_is_fetched_again() -> None:
-    """404 and 403 at once; 503 and a broken connection up to three times."""
-    for status, tries in ((404, 1), (403, 1), (503, 3), (0, 3)):
-        with answering(status) as (url, asked):
-            why = refused(f"{url}/a.jpg?token=secret")
-            # aiohttp itself asks twice where a connection breaks.
-            assert why.reason == "fetch_failed" and len(asked) == tries * (2 if status == 0 else 1)
-            assert why.message.endswith({404: "not found", 0: "ServerDisconnectedError"}.get(status, f"HTTP {status}"))
-
-
-class answering:
-    """A server that answers every request with one status, or hangs up (0); gives its URL and the requests so far."""
-
-    def __init__(self, status: int):
-        self._status, self._asked = status, list[bytes]()
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection:
-                self._asked.append(connection.recv(65536))
-                if self._status:
-                    head = f"HTTP/1.1 {self._status} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-                    connection.sendall(head.encode())
-
-    def __enter__(self) -> tuple[str, list[bytes]]:
-        self._thread.start()
-        return f"http://127.0.0.1:{self._socket.getsockname()[1]}", self._asked
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
 
 # Folders
