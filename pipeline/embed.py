@@ -185,7 +185,7 @@ class Embedder:
                 if work.files is None:
                     self._look_at_deaths(work)
                     for sample in _timed(read_samples(shard), work, "read"):
-                        size = (sample.listed_bytes or FETCHED_BYTES) if sample.url else len(sample.image)
+                        size = _weight(sample)
                         work.samples += 1
                         work.bytes_read += len(sample.image)
                         budget.take(size, flow)
@@ -331,6 +331,12 @@ class Embedder:
         except NotFinite as e:
             work.error = f"forward: {e}"
         work.seconds["write"] += time.perf_counter() - started
+
+
+def _weight(sample: Sample) -> int:
+    if sample.url:
+        return sample.listed.size if sample.listed else FETCHED_BYTES
+    return len(sample.image)
 
 
 def _until_end(work: Work, flow: Flow, to_write: queue.Queue[Any]) -> Iterator[Batch | Refused]:

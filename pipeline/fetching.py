@@ -21,8 +21,8 @@ from aiohttp.abc import ResolveResult
 from fsspec.implementations.http import HTTPFileSystem
 
 from pipeline.addresses import WEB, Access, Address, parse, refused, without_flag
-from pipeline.errors import Reject, StorageError, UsageError
-from pipeline.storage import CLIENT_MODULES, read_bytes, redact, resolve
+from pipeline.errors import Reject, UsageError
+from pipeline.storage import CLIENT_MODULES, read_listed, resolve
 
 if TYPE_CHECKING:  # shards.py imports us
     from pipeline.shards import Sample
@@ -50,8 +50,8 @@ def fetch(sample: "Sample") -> bytes:
     is wrong with it raises a `Reject`, at once where the server's answer is final, else after `FETCH_ATTEMPTS`.
     """
     assert sample.url is not None, "the sample holds its image itself"
-    if sample.listed_bytes is not None:
-        return read_own(sample.url, sample.listed_bytes)
+    if sample.listed is not None:
+        return read_listed(sample.listed)
     shown, access = "a malformed URL", sample.access
     try:
         address = access.admit(sample.url)
@@ -68,17 +68,6 @@ def fetch(sample: "Sample") -> bytes:
         raise Reject("empty", "fetch", f"{shown}: no bytes")
     if len(content) > MAX_IMAGE_BYTES:
         raise Reject("too_large", "fetch", f"{shown}: more than {MAX_IMAGE_BYTES} bytes")
-    return content
-
-
-def read_own(url: str, size: int) -> bytes:
-    """A listed file of a folder. Raises `StorageError` where it is no longer what was listed."""
-    try:
-        content = read_bytes(url)
-    except FileNotFoundError as e:
-        raise StorageError(f"{redact(url)} has gone since it was listed: run again") from e
-    if len(content) != size:
-        raise StorageError(f"{redact(url)} has {len(content)} bytes, {size} when it was listed: run again")
     return content
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
-from pipeline.retries import GIVE_UP_S, RangeReader, is_local, read_all, retrying
+from pipeline.retries import GIVE_UP_S, RangeReader, is_local, read_whole, retrying
 from pipeline.storage import LOOK_GIVE_UP_S, below, children, info_of, is_bucket, object_info, resolve
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Root:
 
     def read(self, name: str) -> bytes:
         self.fs.invalidate_cache()  # s3fs believes an older listing that a new object is not there
-        return read_all(self.fs, self.at(name))
+        return read_whole(self.fs, self.at(name))[0]
 
     def open(self, name: str, size: int | None = None) -> BinaryIO:
         """`size`: in bytes, where it is known from a listing; it spares a request."""

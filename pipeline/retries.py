@@ -274,13 +274,13 @@ class Piece:
         return StorageError(f"{redact(self.url)} changed while it was read{how}: run again")
 
 
-def read_all(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """The whole object, as it was at one moment. Raises as `retrying` does."""
+def read_whole(fs: fsspec.AbstractFileSystem, path: str) -> tuple[bytes, str]:
+    """The object, as it was at one moment, and the etag that came with it. Raises as `retrying` does."""
     if is_local(fs):
-        return retrying(fs, "read", path, lambda: cast(bytes, fs.cat_file(path)))
+        return retrying(fs, "read", path, lambda: cast(bytes, fs.cat_file(path))), ""
     piece = Piece(fs, path, 0, None)
     piece.fill(None)
-    return bytes(piece.data)
+    return bytes(piece.data), piece.mark
 
 
 class RangeReader(io.RawIOBase):

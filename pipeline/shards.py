@@ -4,6 +4,7 @@ Nothing is dropped in silence: an image that cannot be had is a sample with a `R
 is lost, a last sample with the key `#end` says so. Errors of the store are raised, never turned into rejects.
 """
 
+import hashlib
 import posixpath
 import re
 from collections.abc import Iterator
@@ -12,14 +13,15 @@ from typing import TYPE_CHECKING, cast
 
 from pipeline.addresses import Access
 from pipeline.errors import Reject
-from pipeline.fetching import MAX_IMAGE_BYTES, read_own
-from pipeline.storage import is_local, open_input, resolve
+from pipeline.fetching import MAX_IMAGE_BYTES
+from pipeline.storage import Entry, is_local, open_input, read_listed, resolve
 from pipeline.tables import read_rows
 from pipeline.tars import Member, read_members
 
 if TYPE_CHECKING:  # listing.py imports us
     from pipeline.listing import Shard
 
+KEY_CHARS = 200  # longer ones cost more memory than a digest
 LABEL_MAX_BYTES = 32  # a `.cls` member: an integer as text
 IMAGE_ENDINGS = {
     "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm",
@@ -39,7 +41,7 @@ class Sample:
     label: int | None = None
     url: str | None = None  # to be had with `fetching.fetch`, in a thread, instead of `image`
     access: Access = Access()  # with `url`: what an address out of a column may lead to
-    listed_bytes: int | None = None  # with `url`: a folder's own file and its size, not an address out of a column
+    listed: Entry | None = None  # with `url`: a folder's own file as it was listed, not an address out of a column
     size: int = 0  # of the image as stored, where it is known; 0 for one behind a URL
     reject: Reject | None = None  # already known to give no vector
     id_key: str = ""
@@ -60,19 +62,23 @@ def read_keys(shard: "Shard") -> Iterator[str]:
 
 def _numbered(shard: "Shard", images: bool) -> Iterator[Sample]:
     """Counts the rows and keeps ids unique: the first with a key keeps it, later ones become rejects."""
-    rows: dict[str, int] = {}
+    rows: dict[str | bytes, int] = {}
     reader = {"webdataset": _webdataset, "parquet": _parquet, "folder": _folder}[shard.format]
     for row, sample in enumerate(reader(shard, images)):
         sample.row = row
-        if sample.id_key in rows:
-            first = rows[sample.id_key]
+        if (first := rows.get(_mark(sample.id_key))) is not None:
             if sample.reject is None or sample.reject.reason not in ("truncated", "corrupt"):
                 sample.reject = Reject("duplicate_key", "read", f"row {first} has the key {sample.key!r} already")
             sample.image, sample.url = b"", None
-            while sample.id_key in rows:
+            while _mark(sample.id_key) in rows:
                 sample.id_key += f"#duplicate-{row}"
-        rows[sample.id_key] = row
+        rows[_mark(sample.id_key)] = row
         yield sample
+
+
+def _mark(key: str) -> str | bytes:
+    """What stands for the key among all of a shard's: long ones (tars may have names of 1 MB) by their digest."""
+    return key if len(key) <= KEY_CHARS else hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
 def is_image(name: str) -> bool:
@@ -212,7 +218,7 @@ def _folder(shard: "Shard", images: bool) -> Iterator[Sample]:
     for member in shard.members:
         sample = _sized(Sample(0, _text(member.url[root_length:])), member.size)
         if sample.reject is None and remote:
-            sample.url, sample.listed_bytes = member.url, member.size
+            sample.url, sample.listed = member.url, member
         elif sample.reject is None and images:
-            sample.image = read_own(member.url, member.size)
+            sample.image = read_listed(member)
         yield sample

@@ -29,7 +29,7 @@ from fsspec.utils import glob_translate
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.retries import CLIENT_MODULES as CLIENT_MODULES  # for fetching.py
-from pipeline.retries import RangeReader, is_local, read_all, redact, retrying, said
+from pipeline.retries import RangeReader, is_local, read_whole, redact, retrying, said
 
 READ_TIMEOUT_S = 15.0  # without a byte of an answer, which is then asked for again; s3fs' own
 LOOK_GIVE_UP_S = 20.0  # before any work: somebody waits to hear that the address is wrong
@@ -266,7 +266,11 @@ def entry(fs: fsspec.AbstractFileSystem, path: str, info: Info) -> Entry:
     mark = next((info[m] for m in MARKS if info.get(m)), "")
     if isinstance(mark, datetime):
         mark = mark.timestamp()
-    return Entry(url, int(info["size"]), digest(str(mark).strip('"'), info["size"]))  # Azure quotes in one place of two
+    return Entry(url, int(info["size"]), _etag(mark, int(info["size"])))
+
+
+def _etag(mark: object, size: int) -> str:
+    return digest(str(mark).strip('"'), size)  # Azure quotes in one place of two
 
 
 def is_unchanged(e: Entry) -> bool:
@@ -276,6 +280,23 @@ def is_unchanged(e: Entry) -> bool:
         return entry(fs, path, retrying(fs, "look at", e.url, lambda: object_info(fs, path))) == e
     except FileNotFoundError:
         return False
+
+
+def read_listed(e: Entry) -> bytes:
+    """The whole object, if it still is the one that was listed: by its size, and on S3 by its etag too.
+
+    Raises `StorageError` where it is another or gone.
+    """
+    fs, path = resolve(e.url)
+    try:
+        content, mark = read_whole(fs, path)
+    except FileNotFoundError as gone:
+        raise StorageError(f"{redact(e.url)} has gone since it was listed: run again") from gone
+    if len(content) != e.size:
+        raise StorageError(f"{redact(e.url)} has {len(content)} bytes, {e.size} when it was listed: run again")
+    if hasattr(fs, "_call_s3") and mark and _etag(mark, e.size) != e.etag:
+        raise StorageError(f"{redact(e.url)} has changed since it was listed: run again")
+    return content
 
 
 def open_input(url: str, size: int) -> BinaryIO:
@@ -289,4 +310,4 @@ def open_input(url: str, size: int) -> BinaryIO:
 def read_bytes(url: str) -> bytes:
     """The whole object. Raises `FileNotFoundError`, `PermissionError` or, after retries, `StorageError`."""
     fs, path = resolve(url)
-    return read_all(fs, path)
+    return read_whole(fs, path)[0]

@@ -22,7 +22,10 @@ from s3_server import S3Server
 from url_job import REPOSITORY, call, embed_by_urls, put, shown
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.fetching import fetch
+from pipeline.listing import list_shards
 from pipeline.output import Root
+from pipeline.shards import read_samples
 from pipeline.storage import is_unchanged, list_files, open_input, read_bytes, resolve
 
 pytestmark = pytest.mark.slow
@@ -120,6 +123,17 @@ def test_the_etag_moves_with_the_content(bucket: str) -> None:
     assert (after.url, after.size) == (before.url, before.size) and after.etag != before.etag
     Root(f"{bucket}/in").delete("x.tar")
     assert not is_unchanged(after)
+
+
+def test_a_folders_image_is_the_one_that_was_listed(bucket: str) -> None:
+    """Replaced since, by as many bytes: it is told, as its vector would stand under the other's etag."""
+    put(f"{bucket}/in/a.jpg", b"abc")
+    (shard,) = list_shards([f"{bucket}/in"])
+    (sample,) = read_samples(shard)
+    assert fetch(sample) == b"abc"
+    Root(f"{bucket}/in").overwrite("a.jpg", b"abd")
+    with pytest.raises(StorageError, match=r"in/a\.jpg has changed since it was listed: run again"):
+        fetch(sample)
 
 
 def test_a_name_may_hold_any_character(bucket: str) -> None:

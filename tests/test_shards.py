@@ -63,6 +63,15 @@ def test_equal_keys_are_rejected_but_for_the_first(tmp_path: Path) -> None:
         ("a", b"1"), ("b", b"2"), ("a", dup), ("a", dup), ("a#duplicate-5", b"6"), ("a", dup), ("a#duplicate-2", dup),
     ]  # fmt: skip
     assert [s.id_key for s in samples][2:4] == ["a#duplicate-2", "a#duplicate-3"]
+
+
+def test_long_keys_are_told_apart_too(tmp_path: Path) -> None:
+    """Keys that differ far behind their beginning are different; equal ones are duplicates."""
+    long = "k" * 5000
+    (tmp_path / "x.tar").write_bytes(tar_bytes([(f"{long}{end}.jpg", b"1") for end in ("a", "b", "a")]))
+    samples = samples_of(tmp_path / "x.tar")
+    assert [s.id_key for s in samples] == [f"{long}a", f"{long}b", f"{long}a#duplicate-2"]
+    assert samples[2].reject is not None and samples[2].reject.reason == "duplicate_key"
     assert samples[2].reject and samples[2].reject.message == "row 0 has the key 'a' already"
 
 
@@ -194,7 +203,7 @@ def test_uri_columns_leave_the_fetching_to_threads(tmp_path: Path) -> None:
         "s3://b/f.jpg",
     ]  # fmt: skip
     assert [s.key for s in samples if s.reject] == ["e", "f"]
-    assert all(s.listed_bytes is None for s in samples)
+    assert all(s.listed is None for s in samples)
     with fsspec.open("memory://bucket/d/x.parquet", "wb") as f:
         f.write((tmp_path / "x.parquet").read_bytes())
     (shard,) = list_shards(["memory://bucket/d/x.parquet"])
@@ -241,7 +250,10 @@ def test_a_remote_folders_images_are_fetched_by_threads() -> None:
             f.write(name.encode())
     (shard,) = list_shards(["memory://remote"])
     samples = list(read_samples(shard))
-    assert [(s.key, s.image, s.listed_bytes) for s in samples] == [("a.jpg", b"", 5), ("b/c.png", b"", 7)]
+    assert [(s.key, s.image, s.listed and s.listed.size) for s in samples] == [
+        ("a.jpg", b"", 5),
+        ("b/c.png", b"", 7),
+    ]
     assert [fetch(s) for s in samples] == [b"a.jpg", b"b/c.png"]
     fsspec.filesystem("memory").rm("/remote/a.jpg")
     with pytest.raises(StorageError, match="gone since it was listed"):
