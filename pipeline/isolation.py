@@ -66,9 +66,15 @@ class IsolatedDecoder:
         return Decoded(pixels, told["width"], told["height"])
 
     def close(self) -> None:
-        while not self._nurseries.empty():
-            if nursery := self._nurseries.get():
+        """Until it is called again."""
+        idle = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                idle.append(self._nurseries.get_nowait())
+        for nursery in idle:
+            if nursery is not None:
                 nursery.close()
+            self._nurseries.put(None)
 
 
 def _killed(status: int) -> Reject:

@@ -79,6 +79,15 @@ def test_a_dead_nursery_has_a_successor(isolated: IsolatedDecoder) -> None:
     assert isolated(jpeg()).width == 96
 
 
+def test_closed_it_can_be_used_again(isolated: IsolatedDecoder) -> None:
+    """A worker closes it after each call, and the next call may have a shard for it: as often as it takes."""
+    for _ in range(3):
+        processes = [n for n in isolated._nurseries.queue if n is not None]
+        isolated.close()
+        assert all(n._process.poll() is not None for n in processes)
+    assert isolated(jpeg()).width == 96
+
+
 def test_no_process_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is the machine's fault and no reject: the shard is left to the next run."""
     monkeypatch.setattr("sys.executable", "/bin/false")
