@@ -19,7 +19,7 @@ from poison import environment, poison
 from pipeline import versions
 from pipeline.output import Root
 
-SMALL_BYTES = 600 * 1024  # of a disk that is full before the job is done
+SMALL_BYTES = 256 * 1024  # of a disk that is full before the job is done
 NEVER = """
 import os, signal, sys
 if sys.argv and "default_worker" in sys.argv[0]:
