@@ -4,14 +4,15 @@ import io
 import logging
 import os
 import pickle
+import platform
 import secrets
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,15 @@ def read_board(board: Any) -> tuple[int, dict[str, dict[str, Any]]]:
     """Workers started, and by worker what it is at; nothing while the board is not up or out of reach."""
     started, said = _asked(board.read.remote(), (0, {}))
     return int(started), dict(said)
+
+
+def kill(workers: Iterable[str]) -> None:
+    """Those of this machine, by name: Ray only asks a worker to end, and one that hangs may not hear it."""
+    for worker in workers:
+        host, _, pid = worker.rpartition(":")
+        with suppress(OSError):  # it has ended
+            if host == platform.node() and Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def _asked(answer: Any, otherwise: Any) -> Any:

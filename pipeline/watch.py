@@ -104,5 +104,6 @@ class _Moves:
         if seen != self._seen:
             self._seen, self._at = seen, time.monotonic()
         elif time.monotonic() - self._at > self._timeout_s:
+            actors.kill(said)
             where = ", ".join(f"{a['stage']} of {a['shard'] or 'the first shard'}" for a in said.values())
             raise Stalled(f"no progress for {self._timeout_s:.0f} s in stage {where or 'start of the actors'}")
