@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/shard2vec demo
 
 test: .venv/ready .venv/azurite/ready
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 # Kills, faults, races and rubbish, for about an hour; `make test` has a few of each.
 chaos: .venv/ready

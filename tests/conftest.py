@@ -65,6 +65,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("slow") else int("ray_session" in getattr(item, "fixturenames", ()))
 
     items.sort(key=rank)
+    for item in items:
+        # With two processes: what shares a server or a Ray stays together, so that each is started once.
+        group = "ray" if rank(item) == 1 else f"{item.path.name} {rank(item)}"
+        item.add_marker(pytest.mark.xdist_group(group))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
