@@ -1,7 +1,8 @@
 """Images that kill the process that decodes them, really: Pillow, patched before anything else is imported.
 
 No image that crashes a current Pillow is known, so one is made: the folder's `sitecustomize` goes into the environment
-of the run, and every process of it meets a JPEG whose comment says so with a jump to address 0, a kill or a hang.
+of the run, and every process of it meets a JPEG whose comment says so with a
+jump to address 0, a kill, a hang, a loop or a lie.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from pictures import jpeg
 
 PATCH = """
-import ctypes, os, signal, time
+import ctypes, os, signal, struct, time
 from PIL import JpegImagePlugin
 
 load = JpegImagePlugin.JpegImageFile.load
@@ -26,6 +27,21 @@ def poisoned(image):
     if comment == b"hang":
         signal.alarm(1)
         time.sleep(60)
+    if comment == b"loop":
+        signal.setitimer(signal.ITIMER_PROF, 0.2)
+        while True:
+            pass
+    if comment in (b"nonsense", b"endless answer"):
+        answer = b"[1" if comment == b"nonsense" else b""
+        for pipe in range(3, 64):
+            try:
+                os.write(pipe, struct.pack("<Q", len(answer) or 2**62) + answer)
+            except OSError:
+                continue
+        time.sleep(60)
+    if comment and comment.startswith(b"kill once ") and os.path.exists(comment[10:]):
+        os.unlink(comment[10:])
+        os.kill(os.getpid(), signal.SIGKILL)
     return load(image)
 
 JpegImagePlugin.JpegImageFile.load = poisoned
@@ -33,7 +49,7 @@ JpegImagePlugin.JpegImageFile.load = poisoned
 
 
 def poison(kind: str) -> bytes:
-    """`kind`: segfault, out of memory, exit or hang."""
+    """`kind`: segfault, out of memory, exit, hang, loop, nonsense or endless answer (of a decoder taken over)."""
     return jpeg(comment=kind)
 
 

@@ -16,7 +16,10 @@ KILLS = {
     "segfault": ("corrupt", "its decoder crashed (SIGSEGV)"),
     "out of memory": ("too_large", "its decoder was killed, as the system does where memory runs out"),
     "exit": ("corrupt", "its decoder crashed (exit status 3)"),
-    "hang": ("corrupt", "decoding took more than 120 s and was stopped"),
+    "hang": ("corrupt", "decoding took more than 120 s of a core, and was stopped"),
+    "loop": ("corrupt", "decoding took more than 120 s of a core, and was stopped"),
+    "nonsense": ("corrupt", "its decoder crashed (exit status 1)"),
+    "endless answer": ("corrupt", "its decoder crashed (exit status 1)"),
 }
 
 
@@ -25,7 +28,6 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IsolatedDecod
     with pytest.MonkeyPatch.context() as patch:
         for name, value in poison.environment(tmp_path_factory.mktemp("poison")).items():
             patch.setenv(name, value)
-        patch.setattr("pipeline.isolation.AT_ONCE", 2)
         made = IsolatedDecoder(decoder("test_vit").preprocessing)
         made(jpeg())
         yield made
@@ -57,7 +59,7 @@ def test_what_kills_its_process_is_a_reject(isolated: IsolatedDecoder, kind: str
 
 
 def test_threads_get_their_own_answers(isolated: IsolatedDecoder) -> None:
-    """Deadly images among sound ones, from more threads than there are processes: each image has its own result."""
+    """Deadly images among sound ones, from many threads: each image has its own result."""
     images = [poison.poison("segfault") if i % 7 == 3 else jpeg(60 + i, 50) for i in range(40)]
 
     def width(data: bytes) -> int:
@@ -72,19 +74,35 @@ def test_threads_get_their_own_answers(isolated: IsolatedDecoder) -> None:
 
 def test_a_dead_nursery_has_a_successor(isolated: IsolatedDecoder) -> None:
     """The image is asked for again; where no process stays alive, the error says what may be wrong."""
-    nursery = isolated._nurseries.get()
-    isolated._nurseries.put(nursery)
-    assert nursery is not None
-    nursery._process.kill()
+    assert isolated._nursery is not None
+    isolated._nursery._process.kill()
     assert isolated(jpeg()).width == 96
+
+
+def test_an_image_whose_decoder_was_killed_by_somebody_is_decoded(isolated: IsolatedDecoder, tmp_path: Path) -> None:
+    """A kill may be the machine's doing: the image is tried once more, and only a second one makes it a reject."""
+    (tmp_path / "once").write_text("")
+    assert isolated(jpeg(comment=f"kill once {tmp_path / 'once'}")).width == 96
+    assert not (tmp_path / "once").exists()
+
+
+def test_what_lies_in_the_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own `pipeline` or `json.py` there is somebody else's code."""
+    (tmp_path / "pipeline").mkdir()
+    for name in ("pipeline/__init__.py", "json.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'was-here')!r}, 'w')\nraise ImportError\n")
+    monkeypatch.chdir(tmp_path)
+    decode = IsolatedDecoder(decoder("test_vit").preprocessing)
+    assert decode(jpeg()).width == 96 and not (tmp_path / "was-here").exists()
+    decode.close()
 
 
 def test_closed_it_can_be_used_again(isolated: IsolatedDecoder) -> None:
     """A worker closes it after each call, and the next call may have a shard for it: as often as it takes."""
     for _ in range(3):
-        processes = [n for n in isolated._nurseries.queue if n is not None]
+        nursery = isolated._nursery
         isolated.close()
-        assert all(n._process.poll() is not None for n in processes)
+        assert nursery is None or nursery._process.poll() is not None
     assert isolated(jpeg()).width == 96
 
 
