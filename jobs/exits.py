@@ -40,6 +40,7 @@ def run(verb: Callable[[], int], as_json: bool) -> None:
 
 
 def _failed(code: int, message: str, as_json: bool) -> int:
+    message = " ".join(message.split("\n"))  # names may hold line breaks
     say(f"shard2vec: {message}")
     if as_json:
         print_json({"error": message, "exit_code": code})

@@ -137,6 +137,7 @@ class Board:
     def __init__(self) -> None:
         self._said: dict[str, dict[str, Any]] = {}
         self._started: set[str] = set()
+        self._dead: set[str] = set()
         self._under_way: dict[str, set[str]] = {}  # shard → workers
 
     def start(self, who: str) -> None:
@@ -147,16 +148,18 @@ class Board:
 
     def begin(self, who: str, shard: str) -> int:
         """How many others began the shard and did not end it."""
-        workers = self._under_way.setdefault(shard, set())
-        workers.add(who)
-        return len(workers) - 1
+        dead = self._under_way.setdefault(shard, set()) - {who}
+        self._under_way[shard].add(who)
+        self._dead |= dead
+        return len(dead)
 
     def end(self, shard: str) -> None:
         self._under_way.pop(shard, None)
 
-    def read(self) -> tuple[int, dict[str, dict[str, Any]]]:
-        """Workers started, and what those say that got ready."""
-        return len(self._started), self._said
+    def read(self) -> tuple[int, int, dict[str, dict[str, Any]]]:
+        """Workers started, how many of them got ready, and what those say that are not known to be dead."""
+        alive = {who: activity for who, activity in self._said.items() if who not in self._dead}
+        return len(self._started), len(self._said), alive
 
 
 def make_board() -> Any:
@@ -205,16 +208,16 @@ class EmbedShards:
             time.sleep(TICK_S)
 
 
-def read_board(board: Any) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Workers started, and by worker what it is at; nothing while the board is not up or out of reach."""
-    started, said = _asked(board.read.remote(), (0, {}))
-    return int(started), dict(said)
+def read_board(board: Any) -> tuple[int, int, dict[str, dict[str, Any]]]:
+    """What `Board.read` gives; nothing while the board is not up or out of reach."""
+    started, ready, said = _asked(board.read.remote(), (0, 0, {}))
+    return int(started), int(ready), dict(said)
 
 
 def kill(workers: Iterable[str]) -> None:
     """Those of this machine, by name: Ray only asks a worker to end, and one that hangs may not hear it."""
     for worker in workers:
-        host, _, pid = worker.rpartition(":")
+        host, pid, _ = worker.rsplit(":", 2)
         with suppress(OSError):  # it has ended
             if host == platform.node() and Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
                 os.kill(int(pid), signal.SIGKILL)

@@ -34,12 +34,14 @@ class Address:
     @property
     def is_dubious(self) -> bool:
         """Whether a server may understand the path otherwise than we do: `..`, or an encoded slash."""
+        if self.scheme not in WEB:
+            return any(p in (".", "..") for p in self.path)
         return any("/" in p or "\\" in p or p.partition(";")[0] in (".", "..") for p in self.path)
 
     def holds(self, other: "Address") -> bool:
         """Whether `other` is this very address, or lies below it."""
         same = (self.scheme, self.host, self.path) == (other.scheme, other.host, other.path[: len(self.path)])
-        return same and not other.is_dubious
+        return same and not (self.path and other.is_dubious)  # of a whole host any path will do
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ def check_prefix(text: str) -> str:
         prefix = parse(kept)
     except ValueError:
         raise UsageError(f"{wrong}: must be a URL's beginning or an absolute path, as in s3://bucket/photos/") from None
+    if kept != text.strip() and prefix.path and not kept.endswith("/"):
+        raise UsageError(f"{wrong}: must end at a `/`, which alone a `*` may follow")
     if prefix.scheme not in ("file", "memory") and not prefix.host:
         raise UsageError(f"{wrong}: names no host or bucket")
     if _holds_secrets(kept, prefix):

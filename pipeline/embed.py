@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import queue
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,7 @@ STAGES = ("read", "decode", "forward", "write")
 # due to them; several, as machines may be taken away under a shard that is sound.
 MAX_DEATHS = 8
 END = object()  # closes a shard's events
+MARK = secrets.token_hex(2)  # of this process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +347,8 @@ def _until_end(work: Work, flow: Flow, to_write: queue.Queue[Any]) -> Iterator[B
 
 
 def worker_name() -> str:
-    return f"{platform.node()}:{os.getpid()}"
+    """Host, process and a mark of its own: a container that is started again has the same first two."""
+    return f"{platform.node()}:{os.getpid()}:{MARK}"
 
 
 def _receipt(work: Work, files: ShardFiles | None, embedded: bool) -> Receipt:

@@ -256,9 +256,9 @@ class Piece:
 
     def _begin(self, content_range: str | None, length: int | None, mark: str | None) -> None:
         """What an answer's head promises. One without a range is the whole object, from its first byte."""
-        told = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range or "")
+        told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range or "")
         self._is_range = told is not None
-        size = int(told[2]) if told else length
+        size = length if told is None else None if told[2] == "*" else int(told[2])
         if size is not None and size != (self.size if self.size is not None else size):
             raise self._changed(f" ({size} bytes, not {self.size})")
         if mark and self.mark and mark != self.mark:

@@ -255,8 +255,8 @@ def _commit(run: Run, files: Sequence[versions.ShardFiles], say: Callable[[str],
     """The version; None where metrics alone would take the place of vectors that readers use."""
 
     def stays(before: versions.Version) -> bool:
-        if before.version != run.before and _has_changed(run):
-            raise Failed(f"the input has changed, and version {before.version} of it was committed meanwhile")
+        if before.version != run.before and (how := _has_changed(run)):
+            raise Failed(f"{how}, and version {before.version} was committed meanwhile")
         return run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before)
 
     version = versions.commit(run.root, run.vectors.name, files, stays)
@@ -265,9 +265,14 @@ def _commit(run: Run, files: Sequence[versions.ShardFiles], say: Callable[[str],
     return version
 
 
-def _has_changed(run: Run) -> bool:
-    """Looks again: a run that stood still for a week must not bring back the input of that day."""
-    return [(s.name, s.etag) for s in _list(run.config, run.root)] != [(s.name, s.etag) for s in run.shards]
+def _has_changed(run: Run) -> str:
+    """How, or "": a run that stood still for a week must not bring the input of that day back."""
+    try:
+        now = _list(run.config, run.root)
+    except UsageError as e:
+        return f"the input cannot be listed again ({e})"
+    is_same = [(s.name, s.etag) for s in now] == [(s.name, s.etag) for s in run.shards]
+    return "" if is_same else "the input has changed"
 
 
 def _reasons(rejects: dict[str, int]) -> str:

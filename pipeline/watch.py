@@ -47,9 +47,9 @@ def watch(
             if time.monotonic() - looked_at < POLL_S:
                 continue
         looked_at = time.monotonic()
-        started, said = actors.read_board(board)
+        started, ready, said = actors.read_board(board)
         state.see(said)
-        workers.see(started, said)
+        workers.see(started, ready)
         display.show()
         if item is None:
             state.settle()
@@ -81,16 +81,20 @@ class _Workers:
     def __init__(self, pool: tuple[int, int], say: Callable[[str], None]):
         self._most, self._say = pool[1], say
         self._known = pool[1] if pool[0] == pool[1] else sys.maxsize  # a pool that breathes starts workers too
+        self._ready = self._forgiven = 0
 
-    def see(self, started: int, said: dict[str, Activity]) -> None:
-        lost = started - len(said) - self._most
+    def see(self, started: int, ready: int) -> None:
+        lost = started - ready - self._most
+        if ready > self._ready:
+            self._ready, self._forgiven = ready, max(0, lost)
+        lost -= self._forgiven
         if lost >= actors.MAX_FALSE_STARTS:
             raise Failed(f"{lost} workers died before they had loaded the model, as where memory runs out")
-        died = len(said) - self._known  # each started under a name of its own
+        died = ready - self._known  # each started under a name of its own
         if died > 0:
             who = "a worker" if died == 1 else f"{died} workers"
             self._say(f"{who} died and had a successor: what was not published is done again, each image decoded apart")
-            self._known = len(said)
+            self._known = ready
 
 
 class _Moves:

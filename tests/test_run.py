@@ -124,7 +124,10 @@ def test_a_run_that_another_one_overtook_brings_nothing_back(tmp_path: Path, mon
 
     monkeypatch.setattr(run_module, "_gate", overtaken)
     late = run(config(tmp_path / "in", tmp_path / "out"))
-    assert late.exit_code == FAILED and "version 1 of it was committed meanwhile; run the same" in late.message
+    assert (
+        late.exit_code == FAILED
+        and "the input has changed, and version 1 was committed meanwhile; run the same" in late.message
+    )
     assert versions.numbers(root) == [1] and set(rows(tmp_path / "out")) == {"x/b"}
 
     def meanwhile() -> None:  # noqa: F811

@@ -33,7 +33,7 @@ def activity(steps: int, shard: str = "x", stage: str = "forward") -> dict[str, 
 
 
 def watched(
-    boards: Iterator[tuple[int, dict[str, Any]]],
+    boards: Iterator[tuple[int, int, dict[str, Any]]],
     receipts: Iterator[Receipt],
     patch: pytest.MonkeyPatch,
     pool: tuple[int, int] = (1, 1),
@@ -58,47 +58,51 @@ def slowly(*items: Receipt | Exception, wait_s: float = 0.1) -> Iterator[Receipt
 
 def test_receipts_pass_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, whatever the board says meanwhile."""
-    boards = itertools.repeat((1, {"w1": activity(1)}))
+    boards = itertools.repeat((1, 1, {"elsewhere:1:a": activity(1)}))
     got, said = watched(boards, slowly(receipt("a"), receipt("b"), wait_s=0.02), monkeypatch)
     assert [r.shard for r in got] == ["a", "b"] and said == []
 
 
 def test_a_worker_that_stands_still_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its stage and shard; before any worker is up it is their start."""
-    boards = itertools.repeat((1, {"w1": activity(7, "s3", "decode")}))
+    boards = itertools.repeat((1, 1, {"elsewhere:1:a": activity(7, "s3", "decode")}))
     with pytest.raises(Stalled, match="no progress for 0 s in stage decode of s3"):
         watched(boards, slowly(receipt("a"), wait_s=5), monkeypatch, stall_timeout_s=0.2)
     with pytest.raises(Stalled, match="in stage start of the actors"):
-        watched(itertools.repeat((0, {})), slowly(receipt("a"), wait_s=5), monkeypatch, stall_timeout_s=0.2)
+        watched(itertools.repeat((0, 0, {})), slowly(receipt("a"), wait_s=5), monkeypatch, stall_timeout_s=0.2)
 
 
 def test_steps_alone_are_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard may take as long as it needs while its images move."""
-    boards = ((1, {"w1": activity(n // 5)}) for n in itertools.count())
+    boards = ((1, 1, {"elsewhere:1:a": activity(n // 5)}) for n in itertools.count())
     got, _ = watched(boards, slowly(receipt("a"), wait_s=0.6), monkeypatch, stall_timeout_s=0.2)
     assert len(got) == 1
 
 
 def test_dead_workers_are_told_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the names of their successors; a pool that grows by itself starts workers too, and says nothing."""
-    names = [{f"w{i}": activity(i) for i in range(n)} for n in (1, 2, 2, 2, 4)]
-    boards = itertools.chain(((len(n), n) for n in names), itertools.repeat((4, names[-1])))
+    names = [{f"elsewhere:{i}:a": activity(i) for i in range(n)} for n in (1, 2, 2, 2, 4)]
+    boards = itertools.chain(((len(n), len(n), n) for n in names), itertools.repeat((4, 4, names[-1])))
     _, said = watched(boards, slowly(receipt("a")), monkeypatch)
     assert [s.partition(" died")[0] for s in said] == ["a worker", "2 workers"]
-    boards = itertools.chain(((len(n), n) for n in names), itertools.repeat((4, names[-1])))
+    boards = itertools.chain(((len(n), len(n), n) for n in names), itertools.repeat((4, 4, names[-1])))
     assert watched(boards, slowly(receipt("a")), monkeypatch, pool=(1, 4))[1] == []
 
 
 def test_workers_that_never_get_ready_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a few of them, whatever the stall timeout; as many as the pool has may be on their way."""
-    boards = ((n, {}) for n in itertools.count())
+    boards = ((n, 0, {}) for n in itertools.count())
     with pytest.raises(Failed, match="4 workers died before they had loaded the model"):
         watched(boards, slowly(receipt("a"), wait_s=5), monkeypatch, pool=(2, 2))
-    got, _ = watched(itertools.repeat((5, {})), slowly(receipt("a")), monkeypatch, pool=(2, 2))
+    got, _ = watched(itertools.repeat((5, 0, {})), slowly(receipt("a")), monkeypatch, pool=(2, 2))
     assert len(got) == 1
+    boards = (
+        (3 * n, 1 + n // 2, {}) for n in itertools.count()
+    )  # each time that one gets ready, the count begins anew
+    assert len(watched(boards, slowly(receipt("a")), monkeypatch, pool=(2, 2))[0]) == 1
 
 
 def test_what_ray_raises_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the receipts that came before it."""
     with pytest.raises(Failed, match="the workers failed: ValueError: no such column"):
-        watched(itertools.repeat((0, {})), slowly(receipt("a"), ValueError("no such column")), monkeypatch)
+        watched(itertools.repeat((0, 0, {})), slowly(receipt("a"), ValueError("no such column")), monkeypatch)
