@@ -1,5 +1,6 @@
 """A job for tests that need no Ray: a tiny set, its backbone, and one call from shards to receipts."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import oracle
@@ -57,14 +58,14 @@ def job(output: Path | str, *, batch_size: int = 4, labels: tuple[str, ...] = ()
     )
 
 
-def embedder(job: Job, **settings: object) -> Embedder:
+def embedder(job: Job, *, deaths: Callable[[str], int] = lambda shard: 0, **settings: object) -> Embedder:
     vectors = job.vectors
     settings = {
         "batch_size": job.batch_size,
         "classes": bool(vectors.top_k),
         "tensors": vectors.tensors,
     } | settings
-    return Embedder(job, Backbone(oracle.module(vectors.model), **settings))  # type: ignore[arg-type]
+    return Embedder(job, Backbone(oracle.module(vectors.model), **settings), deaths)  # type: ignore[arg-type]
 
 
 def embed(job: Job, shards: list[Shard] | Path) -> list[Receipt]:

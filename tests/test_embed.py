@@ -289,6 +289,17 @@ def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 60_000, f"peak of {peaks} kB"
 
 
+def test_a_shard_that_took_a_worker_down_has_the_same_files(tmp_path: Path, shards: Path) -> None:
+    """Its images are decoded in processes apart, call after call; after too many deaths it is left, and says why."""
+    plain, apart = made.job(tmp_path / "a"), made.job(tmp_path / "b")
+    want = rows(made.embed(plain, shards), tmp_path / "a")
+    deaths = {"a/one": 1, "a/two": embed_module.MAX_DEATHS - 1, "three": embed_module.MAX_DEATHS}
+    embedder = made.embedder(apart, deaths=lambda shard: deaths[shard])
+    one, two, three = (r for shard in list_shards([str(shards)]) for r in embedder([shard]))
+    assert rows([one, two], tmp_path / "b") == {i: row for i, row in want.items() if not i.startswith("three/")}
+    assert three.files is None and "8 workers died with this shard under way" in (three.error or "")
+
+
 def test_another_set_in_one_output_is_another_folder(tmp_path: Path, shards: Path) -> None:
     """Vectors of two configurations never share a file."""
     first = made.embed(made.job(tmp_path), shards)
