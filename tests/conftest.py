@@ -57,6 +57,14 @@ def flaky() -> Iterator[type[FlakyStore]]:
     clear_memory()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Two processes of tests with a thread for each core would wait for each other: three times the seconds."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        import torch
+
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, then those with Ray, then the slow ones; GPU tests skip where there is no GPU."""
     import torch

@@ -27,7 +27,7 @@ SEEDS = (
     "beit_base_patch16_224.in22k_ft_in22k_in1k",
 )
 # Those that go through the command line and Ray; all others go from shards to Parquet in the test's own process.
-ON_RAY = ("pit_ti_distilled_224", *SEEDS[-3:-1])
+ON_RAY = ("pit_ti_distilled_224",)
 # One of each layout of tokens and kind of head, the smallest that timm has.
 OTHERS = (
     "mobilenetv3_small_050",

@@ -268,9 +268,9 @@ def test_labels_are_counted_as_hits(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
-    """A shard of 2,000 images needs no more memory than one of 300, but for rows that wait for their row group."""
+    """A shard of 1,200 images needs no more memory than one of 200, but for rows that wait for their row group."""
     peaks = []
-    for n in (300, 2000):
+    for n in (200, 1200):
         write_tar(tmp_path / f"in{n}" / "x.tar", {f"{i:05d}.jpg": jpeg(64, 64, seed=i % 5) for i in range(n)})
         code = (
             "import sys, resource; sys.path[:0] = sys.argv[3:]; import made; from pathlib import Path;"

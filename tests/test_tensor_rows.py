@@ -112,7 +112,9 @@ def output(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     job = made.job(folder, model=MODEL, outputs=ALL)
     listed = list_shards([str(shards)])
     root = Root(str(folder))
-    root.put_new(f"{job.vectors.folder}/set.json", json.dumps(job.vectors.as_dict()).encode())
+    root.put_new(
+        f"{job.vectors.folder}/set.json", json.dumps(job.vectors.as_dict() | {"set": job.vectors.name}).encode()
+    )
     assert not [r.error for r in made.embed(job, listed) if r.error]
     commit(root, job.vectors.name, collect(root, job.vectors.folder, listed, {}))
     return folder
