@@ -1,6 +1,5 @@
 """The command line: exit codes, one sentence for each mistake, JSON last on stdout."""
 
-import contextlib
 import io
 import json
 import os
@@ -17,6 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from chaos_job import workers_of
 from containers import write_parquet, write_tar
 from pictures import jpeg
 from PIL import Image
@@ -372,7 +372,7 @@ def test_a_killed_worker_and_images_that_kill_theirs_cost_time_and_no_row(tmp_pa
     write_tar(shards / "s7.tar", images | {"010.jpg": poison("exit")})
     run = start(*slow_args(shards, output), "--actors", 1, env=environment(tmp_path / "poison"))
     wait_for(lambda: list(output.rglob("embeddings/*.parquet")) or run.poll() is not None)
-    os.kill(worker_of(run.pid), signal.SIGKILL)
+    os.kill(workers_of(run.pid)[0], signal.SIGKILL)
     out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
     assert "died and had a successor" in err and "Traceback" not in err
@@ -387,23 +387,6 @@ def test_a_killed_worker_and_images_that_kill_theirs_cost_time_and_no_row(tmp_pa
         "s7/010": "its decoder crashed (exit status 3)",
     }
     assert call("verify", output, "--input", shards)[0] == 0
-
-
-def worker_of(pid: int) -> int:
-    """The process that embeds for this driver: Ray names it after the class; its raylet is the driver's child."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if b"ray::MapWorker" in path.read_bytes() and pid in ancestors(int(path.parent.name)):
-                return int(path.parent.name)
-    raise AssertionError("no worker found")
-
-
-def ancestors(pid: int) -> list[int]:
-    parents = []
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        parents.append(pid)
-    return parents
 
 
 @pytest.mark.slow
