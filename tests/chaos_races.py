@@ -107,8 +107,9 @@ def disks(folder: Path, rng: random.Random, rounds: int) -> Score:
             score.expect(f"a traceback: {said[-300:]}", "Traceback" not in said)
             job.look(score)
             _remount(disk, f"size={64 * 2**20}")
+            there = len(_contents(job))
             run = job.start("--actors", 1)
-            _wait(lambda job=job: bool(list(Path(job.output).rglob("embeddings/*.parquet"))), run)  # type: ignore[misc]
+            _wait(lambda job=job, there=there: len(_contents(job)) > there, run)  # type: ignore[misc]
             _remount(disk, "ro")
             code, _, said = ended(run)
             score.expect(f"read-only disk: {code}, {said[-300:]}", code in (0, 1) and "Traceback" not in said)
