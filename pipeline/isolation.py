@@ -27,7 +27,7 @@ from pipeline.errors import Reason, Reject
 from pipeline.images import Decoded, Decoder, Preprocessing
 
 CPU_S = 120  # of one image; the largest that is taken needs some 20 s
-WALL_S = 480  # of one image, on a machine that has others to serve; below the run's own 600 s without progress
+WALL_S = 240  # of one image, on a machine that has others to serve; twice that is below the 600 s of the watchdog
 MEMORY_BYTES = 4 * 2**30  # of one child beyond what it inherits; the largest image that is taken needs 2.7 GB
 TRIES = 3  # of one image, where it was the nursery that died
 DEATHS = 2  # of an image's decoder by a kill or too long a time, which may be the machine's fault
