@@ -125,6 +125,7 @@ def _on_a_cluster(inputs: str, output: str, kills: int, seed: str) -> int:
     """The driver of `nodes`: it sits on the head, and the second node is killed again and again."""
     from pipeline import actors  # first: it sets Ray's environment
 
+    import ray  # isort: skip
     from ray.cluster_utils import Cluster  # isort: skip
 
     from pipeline.config import RunConfig
@@ -155,6 +156,7 @@ def _on_a_cluster(inputs: str, output: str, kills: int, seed: str) -> int:
         ended_as = run.result()
     print(ended_as.message, file=sys.stderr, flush=True)
     print(killed, flush=True)
+    ray.shutdown()
     cluster.shutdown()
     return ended_as.exit_code
 
