@@ -82,6 +82,10 @@ class Job:
         self.count(score)
         return told
 
+    def published(self) -> int:
+        """Shards whose embeddings can be seen."""
+        return sum("/embeddings/" in name for name in Root(self.output).list("sets"))
+
     def look(self, score: Score) -> None:
         """Reads every file that can be seen under a final name, to its last page, and what readers are offered."""
         root = Root(self.output)

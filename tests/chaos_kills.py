@@ -25,14 +25,18 @@ UP_S = 8.0  # a driver's way to its first image on two free cores
 
 
 def drivers(folder: Path, rng: random.Random, kills: int) -> Score:
-    """SIGKILL for the driver alone, whose Ray must end by itself, or for all of its processes at once."""
-    score, job = Score(), Job(folder, shards=30)
-    alone = 0
+    """SIGKILL for the driver alone, whose Ray must end by itself, or for all of its processes at once.
+
+    Of four kills one falls anywhere, planning and Ray's start included, three soon after a shard was published.
+    """
+    score, job = Score(), Job(folder, shards=80)
+    alone = embedding = 0
     while score.abuses < kills:
-        run = job.start()
-        until = time.monotonic() + rng.uniform(0.2, 3 * UP_S)
-        while run.poll() is None and time.monotonic() < until:
-            time.sleep(0.05)
+        run, there = job.start(), job.published()
+        if is_embedding := rng.random() < 0.75:
+            _wait(run, lambda there=there: job.published() > there)  # type: ignore[misc]
+        until = time.monotonic() + rng.uniform(0, 2 if is_embedding else 2 * UP_S)
+        _wait(run, lambda until=until: time.monotonic() >= until)  # type: ignore[misc]
         if run.poll() is not None:  # done before the kill: the next one begins with an empty output
             ended(run)
             job.count(score)
@@ -45,11 +49,17 @@ def drivers(folder: Path, rng: random.Random, kills: int) -> Score:
         else:
             kill_all(run)
         score.abuses += 1
+        embedding += is_embedding
         job.look(score)
     job.finish(score)
     same_as_undisturbed(job, folder, score)
-    score.told = {"runs": job.runs, "driver alone": alone}
+    score.told = {"runs": job.runs, "driver alone": alone, "while embedding": embedding}
     return score
+
+
+def _wait(run: "subprocess.Popen[str]", found: Callable[[], bool]) -> None:
+    while run.poll() is None and not found():
+        time.sleep(0.05)
 
 
 def workers(folder: Path, rng: random.Random, kills: int) -> Score:
