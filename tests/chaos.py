@@ -23,6 +23,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 import chaos_faults  # noqa: E402
 import chaos_rubbish  # noqa: E402
+import stamina  # noqa: E402
 from chaos_job import Score  # noqa: E402
 from chaos_kills import KILLS  # noqa: E402
 from chaos_races import RACES  # noqa: E402
@@ -73,6 +74,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="a file for all figures")
     asked = parser.parse_args()
+    stamina.instrumentation.set_on_retry_hooks([])  # its default prints a line for every retry
     scores: dict[str, Score] = {}
     for name in asked.only or ABUSES:
         abuse, count = ABUSES[name]
