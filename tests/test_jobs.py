@@ -261,15 +261,11 @@ def test_another_size_and_grey_images_from_the_command_line(tmp_path: Path, ray_
     assert told["preprocessing"]["input_size"] == [1, 256, 192] and told["outputs"] == ["embedding", "tokens"]
 
 
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "jobs", *map(str, args)]
-
-
 def start(*args: object, env: dict[str, str] | None = None, **options: object) -> subprocess.Popen:
     """The real command in a process group of its own."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | (env or {})
     return subprocess.Popen(
-        command(*args),
+        [sys.executable, "-m", "jobs", *map(str, args)],
         env=env,
         start_new_session=True,
         stdout=subprocess.PIPE,
