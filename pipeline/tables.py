@@ -159,7 +159,9 @@ def _with_images(
             i += 1
     except (pa.ArrowException, OSError) as e:
         source.raise_own()
-        problem, reason = _line(e), "unsupported" if isinstance(e, pa.ArrowNotImplementedError) else "corrupt"
+        problem = _line(e)
+        if isinstance(e, pa.ArrowNotImplementedError) or "not supported" in problem:  # LZO's is a plain OSError
+            reason = "unsupported"
     for row in rows:
         row.reject = Reject(reason, "read", f"row group {group} cannot be read from its row {i} on ({problem})")
         yield row

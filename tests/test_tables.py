@@ -61,6 +61,15 @@ def test_every_binary_and_text_type_is_read(tmp_path: Path, kind: pa.DataType) -
         assert told(samples) == list(zip(expected, [b"1", b"2", b"3", b"4"], strict=True))
 
 
+def test_a_codec_that_nobody_here_has_is_told_apart_from_damage(tmp_path: Path) -> None:
+    """LZO, which Parquet knows and pyarrow does not unpack: every row is `unsupported`, none `corrupt`."""
+    path = write_parquet(tmp_path / "x.parquet", [b"1", b"2"])
+    snappy, lzo = b"\x05image\x15\x02", b"\x05image\x15\x06"  # the column's path, then its codec, as Thrift has them
+    assert path.read_bytes().count(snappy) == 1
+    path.write_bytes(path.read_bytes().replace(snappy, lzo))
+    assert told(samples_of(path, "parquet")) == [("0", "unsupported"), ("1", "unsupported")]
+
+
 STRUCT = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
 VIEWS = pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())])
 NUMBERED = pa.struct([("bytes", pa.binary()), ("path", pa.int64())])
