@@ -1,4 +1,4 @@
-"""A small job that is told nothing but URLs, through the command line as a user gives it, in processes of its own."""
+"""What every store is held to by its URLs alone: etags that move, and a small job through the command line."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import safetensors.torch
 from pipeline import open_dataset, versions
 from pipeline.listing import list_shards
 from pipeline.output import Root
-from pipeline.storage import list_files, read_bytes
+from pipeline.storage import is_unchanged, list_files, read_bytes
 from pipeline.verify import verify
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -25,6 +25,19 @@ INPUTS = ("a/one.tar", "a/two.tar", "three.tar.gz")  # of oracle.write_shards
 def put(url: str, content: bytes) -> None:
     folder, _, name = url.rpartition("/")
     assert Root(folder).put_new(name, content)
+
+
+def check_etags(bucket: str) -> None:
+    """A listing and a look at the object agree; another content of the same size is another etag."""
+    put(f"{bucket}/in/x.tar", b"abc")
+    (before,) = list_files(f"{bucket}/in")
+    assert is_unchanged(before) and list_files(before.url) == [before]
+    Root(f"{bucket}/in").overwrite("x.tar", b"abd")
+    assert not is_unchanged(before)
+    (after,) = list_files(f"{bucket}/in/*.tar")
+    assert (after.url, after.size) == (before.url, before.size) and after.etag != before.etag
+    Root(f"{bucket}/in").delete("x.tar")
+    assert not is_unchanged(after)
 
 
 def call(*args: str, secrets: Sequence[str]) -> dict[str, Any]:
