@@ -87,6 +87,8 @@ def embed(
                 top_k=top_k,
                 labels=labels,
                 precision=precision,
+                engine=engine,
+                decode=decode,
                 exif_orientation=not no_exif_orientation,
                 normalize=normalize,
                 vector_type=vector_type,
@@ -116,8 +118,6 @@ def _refuse_unavailable(*, engine: str, decode: str, ray_address: str | None) ->
     ):
         if value in planned:
             raise UsageError(f"{flag} {value} is not available yet: use {flag} {known}")
-        if value != known:
-            raise UsageError(f"{flag} {value}: choose {known}")
     if ray_address is not None:
         raise UsageError(f"--ray-address {ray_address} is not available yet: leave it out to use a local Ray")
 

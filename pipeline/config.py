@@ -16,6 +16,8 @@ SCHEMA_VERSION = 2  # raise it with any change of the output's columns or of how
 OUTPUTS = ("embedding", "classes", "tokens", "features", "heads")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 VECTOR_TYPES = ("float32", "float16")
+ENGINES = ("eager", "compile", "openvino")
+DECODES = ("exact", "fast", "scaled", "cuda")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_BATCH = 4096  # half a row group, and more than any device gains from
 MAX_INPUT_PIXELS = 2048 * 2048  # of a model's input: 16,384 patches of 16x16, each looking at each
@@ -75,6 +77,8 @@ class RunConfig:
     only_metrics: bool = False  # rows without vectors: classes, labels, and the accuracy over them
     adapt: Adapt = field(default_factory=Adapt)  # another input size, channel or class count than the model's own
     precision: str = "auto"
+    engine: str = "eager"
+    decode: str = "exact"
     exif_orientation: bool = True
     normalize: bool = False
     vector_type: str = "float32"
@@ -96,6 +100,8 @@ class RunConfig:
             raise UsageError(f"--output {redact(self.output)}: a web server takes no files: name a folder or a bucket")
         _one_of("--format", self.format, (*FORMATS, None))
         _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--engine", self.engine, ENGINES)
+        _one_of("--decode", self.decode, DECODES)
         _one_of("--vector-type", self.vector_type, VECTOR_TYPES)
         _one_of("--device", self.device, DEVICES)
         self._check_outputs()
