@@ -133,8 +133,8 @@ class Embedder:
         self.job, self.backbone, self.activity = job, backbone, Activity()
         self._root, self._deaths = Root(job.output), deaths
         preprocessing, upright = job.vectors.preprocessing, job.vectors.exif_orientation
-        self._decoder = Decoder(preprocessing, exif_orientation=upright)
-        self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright)
+        self._decoder = Decoder(preprocessing, exif_orientation=upright, how=job.vectors.decode)
+        self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright, how=job.vectors.decode)
 
     def __call__(self, shards: Iterable[Shard]) -> Iterator[Receipt]:
         """One receipt a shard, in order, as each is published. Raises what is nobody's fault but ours."""
