@@ -88,7 +88,7 @@ class Feed(Protocol):
     """Gives each shard's samples in its order, then its `Ended`; see `pipeline.feed.LocalFeed`."""
 
     def __call__(
-        self, shards: Iterable[Shard | None], flow: Flow, at: Callable[[str], None]
+        self, shards: Iterable[Shard | None], flow: Flow, at: Callable[[str, str], None]
     ) -> Generator[Fed, None, None]: ...
 
 
@@ -140,7 +140,7 @@ class Embedder:
         try:
             with contextlib.closing(self._feed(self._unfinished(shards, done), flow, self._at)) as fed:
                 self._forward(flow, fed, to_write)
-            self._at("write")
+            self._at("write", self.activity.shard)
             flow.put(to_write, None)
             writer.join()
             flow.check()
@@ -152,8 +152,8 @@ class Embedder:
         row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in self.job.vectors.tensors)
         return max(1, min(WRITES_WAITING, WAITING_BYTES // max(1, row_bytes * self.backbone.batch_size)))
 
-    def _at(self, stage: str) -> None:
-        self.activity.stage = stage
+    def _at(self, stage: str, shard: str) -> None:
+        self.activity.stage, self.activity.shard = stage, shard
 
     # the feed's thread
 
@@ -183,7 +183,6 @@ class Embedder:
         open_works: dict[str, Work] = {}
         for shard, sample, what in fed:
             self.activity.steps += 1
-            self.activity.shard = shard.name
             work = open_works.setdefault(shard.name, Work(shard))
             if isinstance(what, Ended):
                 work.error = work.error or what.error
@@ -194,13 +193,13 @@ class Embedder:
                 self._send(flow, work, to_write)
             if isinstance(what, Ended):
                 del open_works[shard.name]
-                self._at("write")
+                self._at("write", work.shard.name)
                 flow.put(to_write, (work, what))
 
     def _take(self, flow: Flow, work: Work, sample: Sample, outcome: Outcome, to_write: "queue.Queue[Any]") -> None:
         work.seconds["decode"] += outcome.decode_s
         if isinstance(outcome.result, Reject):
-            self._at("write")
+            self._at("write", work.shard.name)
             flow.put(to_write, (work, Refused(sample, outcome.result, outcome.size)))
             self.activity.add(work.shard.name, rejects=1)
         else:
@@ -212,12 +211,12 @@ class Embedder:
         work.samples, work.decoded = [], []
         if work.error is None:
             batch = self._batch(work, samples, decoded)
-            self._at("write")
+            self._at("write", work.shard.name)
             flow.put(to_write, (work, batch))
             self.activity.add(work.shard.name, images=len(samples))
 
     def _batch(self, work: Work, samples: list[Sample], decoded: list[Decoded]) -> Batch:
-        self._at("forward")
+        self._at("forward", work.shard.name)
         started = time.perf_counter()
         images = torch.from_numpy(np.stack([d.pixels for d in decoded]))
         if self.backbone.device.type == "cuda":

@@ -90,18 +90,18 @@ class LocalFeed:
     ):
         """`batch_size` bounds what waits. `deaths`: how many workers died with a shard, by name, under way."""
         preprocessing, upright = vectors.preprocessing, vectors.exif_orientation
-        self._threads, self._deaths = decode_threads, deaths
+        self._threads, self._deaths, self._reading = decode_threads, deaths, ""
         image_bytes = math.prod(preprocessing.input_size)
         self._ahead = max(1, min(LOOKAHEAD_BATCHES * batch_size, DECODED_BYTES // image_bytes))
         self._decoder = Decoder(preprocessing, exif_orientation=upright)
         self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright)
 
     def __call__(
-        self, shards: Iterable[Shard | None], flow: Flow, at: Callable[[str], None]
+        self, shards: Iterable[Shard | None], flow: Flow, at: Callable[[str, str], None]
     ) -> Generator[Fed, None, None]:
         """Each shard's samples, then its `Ended`. `shards` gives None where there is none for now.
 
-        `at` is told the stage that is waited for, for the watchdog.
+        `at` is told the stage and the shard that are waited for, for the watchdog.
         """
         waiting: queue.Queue[Any] = queue.Queue(maxsize=self._ahead)
         with ThreadPoolExecutor(self._threads) as decoders, ThreadPoolExecutor(FETCHERS) as fetchers:
@@ -131,6 +131,7 @@ class LocalFeed:
                 flow.pause(NOTHING_S)
                 continue
             reading = _Reading(shard)
+            self._reading = shard.name
             try:
                 decode = self._decoder_for(shard)
                 for sample in _timed(read_samples(shard), reading):
@@ -157,9 +158,9 @@ class LocalFeed:
             )
         return self._isolated if deaths else self._decoder
 
-    def _decoded(self, flow: Flow, waiting: queue.Queue[Any], at: Callable[[str], None]) -> Iterator[Fed]:
+    def _decoded(self, flow: Flow, waiting: queue.Queue[Any], at: Callable[[str, str], None]) -> Iterator[Fed]:
         while True:
-            at("read")
+            at("read", self._reading)
             event = flow.get(waiting)
             if event is None:
                 return
@@ -167,7 +168,7 @@ class LocalFeed:
             if sample is None:
                 yield Fed(reading.shard, None, reading.ended)
             elif reading.error is None:
-                at("fetch" if sample.url else "decode")
+                at("fetch" if sample.url else "decode", reading.shard.name)
                 try:
                     outcome: Outcome = flow.wait(future)
                 except (StorageError, OSError) as e:

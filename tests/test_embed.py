@@ -200,7 +200,7 @@ def test_shards_that_come_interleaved_are_the_same_files(tmp_path: Path, shards:
     feed = embedder._feed
 
     def interleaved(
-        shards: Iterable[Shard | None], flow: Flow, at: Callable[[str], None]
+        shards: Iterable[Shard | None], flow: Flow, at: Callable[[str, str], None]
     ) -> Generator[Fed, None, None]:
         fed = list(feed(shards, flow, at))
         parts = [[f for f in fed if f.shard.name == s.name] for s in listed]
