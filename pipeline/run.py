@@ -188,7 +188,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
     """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
-    with actors.local_ray():
+    with actors.local_ray(run.config.feeders):
         size, gpus, run.threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
         job = Job(
             vectors=run.vectors,
@@ -200,6 +200,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             batch_size=run.config.batch_size,
             decode_threads=run.threads,
             torch_threads=run.threads,
+            feeders=-(-run.config.feeders // size[1]),
         )
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
             for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
