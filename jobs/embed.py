@@ -39,13 +39,16 @@ def embed(
     num_classes: Annotated[int | None, typer.Option(help="Classes of the head; 0 drops it [the weights' own]")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto: bf16 where the hardware has it")] = "auto",
     engine: Annotated[str, typer.Option(help="eager")] = "eager",
-    decode: Annotated[str, typer.Option(help="exact: bit-equal to timm's own transform")] = "exact",
+    decode: Annotated[str, typer.Option(help="exact as timm; fast: at most 2 levels off; scaled: looser")] = "fast",
     no_exif_orientation: Annotated[bool, typer.Option("--no-exif-orientation", help="Leave images as stored")] = False,
     normalize: Annotated[bool, typer.Option("--normalize", help="L2-normalise the embeddings")] = False,
     vector_type: Annotated[str, typer.Option(help="float32 or float16")] = "float32",
     batch_size: Annotated[str, typer.Option(help="Images a forward pass, or auto")] = "auto",
     actors: Annotated[str | None, typer.Option(help="Pool size N or MIN:MAX [for this machine]")] = None,
     gpus_per_actor: Annotated[float | None, typer.Option(help="Fractions allowed [1 on cuda]")] = None,
+    feeders: Annotated[
+        int, typer.Option(help="Processes that read and decode for actors with few cores; 0: actors do so themselves")
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     ray_address: Annotated[str | None, typer.Option(help="A running cluster [a local one is started]")] = None,
     max_reject_rate: Annotated[float, typer.Option(help="Above it: exit 3, no version")] = 0.01,
@@ -95,6 +98,7 @@ def embed(
                 batch_size=_batch_size(batch_size),
                 actors=_pool(actors),
                 gpus_per_actor=gpus_per_actor,
+                feeders=feeders,
                 device=device,
                 max_reject_rate=max_reject_rate,
                 stall_timeout_s=stall_timeout,
@@ -114,7 +118,7 @@ def _refuse_unavailable(*, engine: str, decode: str, ray_address: str | None) ->
     """What the contract names and this version does not do yet is refused, never ignored."""
     for flag, value, known, planned in (
         ("--engine", engine, "eager", ("compile", "openvino")),
-        ("--decode", decode, "exact", ("fast", "scaled", "cuda")),
+        ("--decode", decode, "fast", ("cuda",)),
     ):
         if value in planned:
             raise UsageError(f"{flag} {value} is not available yet: use {flag} {known}")
