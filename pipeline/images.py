@@ -138,7 +138,7 @@ class Decoder:
     def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True, how: str = "exact"):
         """`exif_orientation`: turn images upright as `PIL.ImageOps.exif_transpose` does; else leave them as stored.
 
-        `how`: `--decode`. `exact` is bit-equal to timm, `fast` at most two levels off, `scaled` as `jpegs` says.
+        `how`: `--decode`. `exact`, `fast` or `scaled`, within what `resizing.BOUNDS` says of it.
         """
         from timm.data import create_transform  # here: it takes seconds, and verbs that only read need none of it
 
