@@ -30,10 +30,21 @@ from pipeline.config import RunConfig
 HOME = Path(__file__).resolve().parent.parent.parent
 DAFT_PYTHON = HOME / ".venv-peers/bin/python"  # .venv's packages, below Daft and the older pyarrow that it demands
 TIMEOUT_S = 600.0
-# How often each photo is used, so that shard2vec works for some seconds.
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's own settings. `repeat`: how often each photo is used, so that shard2vec works for some seconds."""
+
+    repeat: int = 1
+    threads: int = os.cpu_count() or 1  # of the one model in peers whose other processes do the decoding
+
+
 MODELS = {
-    "pit_ti_224": 6,  # the forward pass is the limit
-    "test_vit": 30,  # timm's lightest (160 pixels, 1,300 images/s a core in bf16): feeding is the limit
+    "pit_ti_224": Case(repeat=6),  # the forward pass is the limit
+    # timm's lightest: 160 pixels, 1,300 images/s a core in bf16, so feeding is the limit. Its forward pass is too small
+    # to gain from threads, which only take the cores from the decoding.
+    "test_vit": Case(repeat=30, threads=1),
 }
 
 
@@ -46,16 +57,16 @@ class Peer:
     python: Path = Path(sys.executable)
 
 
-def all_peers() -> list[Peer]:
+def peers_for(case: Case) -> list[Peer]:
     ours, cores = RunConfig.decode, str(os.cpu_count())
-    plain = ("plain", "--processes", cores)
+    plain, threads = ("plain", "--processes", cores), ("--threads", str(case.threads))
     peers = [
         Peer("two", f"{cores} plain processes", plain),
         Peer("two-ours", f"{cores} plain processes, shard2vec's {ours} decode", (*plain, "--decode", ours), "two-ours"),
         Peer("loop", "plain timm loop", ("plain", "--threads", cores)),
-        Peer("loader", "torch DataLoader + webdataset", ("loader",)),
-        Peer("ray-images", "Ray Data, its documentation's script", ("ray_images",)),
-        Peer("ray-webdataset", "Ray Data, `read_webdataset`", ("ray_webdataset",)),
+        Peer("loader", "torch DataLoader + webdataset", ("loader", *threads)),
+        Peer("ray-images", "Ray Data, its documentation's script", ("ray_images", *threads)),
+        Peer("ray-webdataset", "Ray Data, `read_webdataset`", ("ray_webdataset", *threads)),
         Peer("daft", "Daft", ("daft_udf",), python=DAFT_PYTHON),
         Peer("datasets", "Hugging Face datasets `map`", ("datasets_map",)),
         Peer("shard2vec", f"**shard2vec** ({ours} decode)", ("shard2vec",), "two-ours"),
@@ -88,7 +99,10 @@ def run_peer(peer: Peer, job: Job, oracle: Oracle) -> Run:
     job.output.mkdir()
     command = [str(peer.python), "-m", f"benchmarks.peers.{peer.command[0]}", *job.flags(), *peer.command[1:]]
     done = measure(command, TIMEOUT_S, HOME)
-    failure = done.failure or oracle.objection(sorted(job.output.glob(done.told["vectors"])))
+    try:
+        failure = done.failure or oracle.objection(sorted(job.output.glob(done.told["vectors"])))
+    except (OSError, ValueError, KeyError) as e:
+        failure = f"vectors that cannot be read: {e}"
     shutil.rmtree(job.output)
     if failure:
         return Run(failure=failure)
@@ -125,34 +139,43 @@ def machine() -> str:
 
 
 def asked() -> argparse.Namespace:
-    names = [peer.name for peer in all_peers()]
+    names = [peer.name for peer in peers_for(Case())]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--photos", type=Path, required=True, help="a folder of WebDataset tars of .jpg, without folders in them"
     )
     parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS), help=",".join(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, help=f"use each photo so many times ({MODELS}, else 1)")
+    parser.add_argument("--repeat", type=int, help="use each photo so many times")
     parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=",".join(names))
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if unknown := set(flags.only) - set(names):
+        parser.error(f"--only {','.join(sorted(unknown))}: choose from {','.join(names)}")
+    if not any(flags.photos.glob("*.tar")):
+        parser.error(f"--photos {flags.photos}: no .tar is there")
+    return flags
 
 
 def main() -> None:
     flags = asked()
-    peers = [peer for peer in all_peers() if peer.name in flags.only]
     precision = resolve_precision("auto", "cpu")
     figures = {"machine": machine(), "precision": precision, "models": {}}
     for model in flags.models:
         with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-            repeat = flags.repeat or MODELS.get(model, 1)
+            case = MODELS.get(model, Case())
+            peers = [peer for peer in peers_for(case) if peer.name in flags.only]
+            repeat = flags.repeat or case.repeat
             tars, files = prepare(flags.photos, repeat, Path(folder))
             job = Job(tars=tars, files=files, output=Path(folder) / "out", model=model, precision=precision)
             runs = rounds(peers, job, flags.rounds)
         rows = [Row(peer.title, runs[peer.name], runs.get(peer.reference, ())) for peer in peers]
         title = f"`{model}`, {precision}, {flags.rounds} rounds, {figures['machine']}"
         print(f"\n{title}\n\n{markdown(rows)}\n", flush=True)
-        figures["models"][model] = {name: [asdict(run) for run in done] for name, done in runs.items()}
+        figures["models"][model] = {
+            "repeat": repeat,
+            "peers": {peer.name: {"command": peer.command, "runs": [*map(asdict, runs[peer.name])]} for peer in peers},
+        }
         if flags.out:
             flags.out.write_text(json.dumps(figures, indent=1))
 

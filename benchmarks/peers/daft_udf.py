@@ -62,7 +62,7 @@ def main() -> None:
     frame = frame.select(sample_id(col("path")).alias("id"), col("path").download().alias("data"))
     frame = frame.select(col("id"), model.embed(col("data")))
     frame.write_parquet(str(job.output))
-    tell(time.time() - min(marked(job, "ready")), min(marked(job, "first")))
+    tell(time.time() - max(marked(job, "ready")), min(marked(job, "first")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """torch's DataLoader over webdataset: its workers read, decode and transform, this process runs the model.
 
-Settings: as many workers as cores, batches made by the workers (webdataset's advice), and `--threads` for the model.
+Settings: as many workers as cores, batches made by the workers (webdataset's advice), and the model's `--threads` as
+given.
 """
 
 import os

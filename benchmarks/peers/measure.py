@@ -16,6 +16,8 @@ from typing import Any
 from benchmarks.against_loop import tree, watch
 from benchmarks.peers.job import STARTED
 
+KILLED_WITHIN_S = 10.0
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -33,21 +35,34 @@ def measure(command: Sequence[str], timeout_s: float, home: Path) -> Measured:
     environment = {**os.environ, STARTED: repr(started), "PYTHONPATH": str(home), "HF_HUB_OFFLINE": "1"}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "DAFT_ANALYTICS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
-        run = subprocess.Popen(command, stdout=printed, stderr=errors, cwd=home, env=environment)
+        try:
+            run = subprocess.Popen(command, stdout=printed, stderr=errors, cwd=home, env=environment)
+        except OSError as e:
+            return Measured(None, 0.0, 0.0, str(e))
         peak, done = [0.0], threading.Event()
-        watcher = threading.Thread(target=watch, args=(run.pid, peak, done))
+        watcher = threading.Thread(target=watch, args=(run.pid, peak, done), daemon=True)
         watcher.start()
         seen = wait(run, timeout_s)
         seconds = time.time() - started
         done.set()
         watcher.join()
         end(seen)
-        printed.seek(0), errors.seek(0)
-        if seconds > timeout_s:
-            return Measured(None, seconds, peak[0], f"not done after {timeout_s:.0f} s")
-        if run.returncode:
-            return Measured(None, seconds, peak[0], last_line(errors.read()) or f"ended with {run.returncode}")
-        return Measured(json.loads(last_line(printed.read())), seconds, peak[0])
+        printed.seek(0)
+        errors.seek(0)
+        told, failure = None, f"not done after {timeout_s:.0f} s"
+        if seconds <= timeout_s:
+            told, failure = outcome(run.returncode, last_line(printed.read()), last_line(errors.read()))
+    return Measured(told, seconds, peak[0], failure)
+
+
+def outcome(returncode: int, printed: str, error: str) -> tuple[dict[str, Any] | None, str]:
+    """What the peer told, or why it failed."""
+    if returncode:
+        return None, error or f"ended with {returncode}"
+    try:
+        return json.loads(printed), ""
+    except ValueError:
+        return None, f"told nothing: {printed or error}"
 
 
 def wait(run: subprocess.Popen[bytes], timeout_s: float) -> set[tuple[int, str]]:
@@ -64,18 +79,23 @@ def wait(run: subprocess.Popen[bytes], timeout_s: float) -> set[tuple[int, str]]
 
 
 def end(seen: set[tuple[int, str]]) -> None:
-    for pid, birth in seen:
-        if birth and born(pid) == birth:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    """Kills what still runs of them, and waits until it is gone."""
+    left = [(pid, birth) for pid, birth in seen if birth and born(pid) == birth]
+    for pid, _ in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.time() + KILLED_WITHIN_S
+    while any(born(pid) == birth for pid, birth in left) and time.time() < deadline:
+        time.sleep(0.05)
 
 
 def born(pid: int) -> str:
     """When the process started, in the kernel's ticks: with its number, what tells it from any other; "" if gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if state == "Z" else fields[18]
 
 
 def last_line(text: str) -> str:

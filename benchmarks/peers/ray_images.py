@@ -1,7 +1,8 @@
 """Ray Data as its page on batch inference with images has it: `read_images`, a float32 transform a row, an actor.
 
-Settings: the CPUs that Ray counts and the model's threads. Reading waits for the actor (a setting of Ray Data), and the
-workers have imported torch before it, so that the steady rate has neither imports nor a head start in it.
+Settings: Ray counts one CPU more than there are, one for the actor and the rest for decoding (better than counting
+them truly, measured), and the model's `--threads` as given. Reading waits for the actor (a setting of Ray Data), and
+the workers have imported torch before it, so that the steady rate has neither imports nor a head start in it.
 """
 
 import os
@@ -56,18 +57,19 @@ def infer_and_write(dataset: ray.data.Dataset, model: type, job: Job, threads: i
     tell(ended - max(marked(job, "ready")), min(marked(job, "first")))
 
 
-def asked_with(description: str | None, cpus: int) -> tuple[Job, int]:
+def asked_with(description: str | None) -> tuple[Job, int]:
     """The job and the model's threads; Ray is started."""
     parser = job_flags(description)
-    parser.add_argument("--cpus", type=int, default=cpus)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    parser.add_argument("--cpus", type=int, default=cores + 1)
+    parser.add_argument("--threads", type=int, default=cores)
     asked = parser.parse_args()
     start(asked.cpus)
     return job_of(asked), asked.threads
 
 
 def main() -> None:
-    job, threads = asked_with(__doc__, os.cpu_count() or 1)
+    job, threads = asked_with(__doc__)
     transform = transform_of(job.model)
 
     def preprocess(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ a quarter of the bytes between the stages. Settings as in `ray_images`.
 """
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ class FromLevels(Model):
 
 
 def main() -> None:
-    job, threads = asked_with(__doc__, os.cpu_count() or 1)
+    job, threads = asked_with(__doc__)
     transform = timm.data.create_transform(**data_config(job.model), use_prefetcher=True)  # up to the uint8 pixels
 
     def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
