@@ -38,7 +38,7 @@ def preprocessor(model: str, decode: str) -> Callable[[list[bytes]], torch.Tenso
     from pipeline.images import Decoder, Preprocessing
 
     config = data_config(model)
-    decoder = Decoder(Preprocessing.of(config), **({} if decode == "exact" else {"mode": decode}))
+    decoder = Decoder(Preprocessing.of(config), **({} if decode == "exact" else {"how": decode}))
     mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
 
     def preprocess(data: list[bytes]) -> torch.Tensor:
