@@ -41,10 +41,10 @@ class Case:
 
 
 MODELS = {
-    "pit_ti_224": Case(repeat=6),  # the forward pass is the limit
+    "pit_ti_224": Case(repeat=4),  # the forward pass is the limit
     # timm's lightest: 160 pixels, 1,300 images/s a core in bf16, so feeding is the limit. Its forward pass is too small
     # to gain from threads, which only take the cores from the decoding.
-    "test_vit": Case(repeat=30, threads=1),
+    "test_vit": Case(repeat=20, threads=1),
 }
 
 
