@@ -207,7 +207,8 @@ from pipeline.errors import Reject
 from pipeline.images import Decoder, Preprocessing
 from tests import pictures
 config = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear", "mean": [0.5], "std": [0.5]}
-decoders = [Decoder(Preprocessing.of(config | {"input_size": (channels, 32, 32)})) for channels in (1, 3, 4)]
+ways = ((1, "exact"), (3, "fast"), (4, "scaled"))
+decoders = [Decoder(Preprocessing.of(config | {"input_size": (c, 32, 32)}), how=how) for c, how in ways]
 odd = [*pictures.sound().values(), *(data for _, data in pictures.broken().values())]
 decoders[0](pictures.encoded(Image.new("1", (10_000, 9_000)), "PNG"))
 odd += [data[:at] + b"\\xff" * 4 + data[at + 4:] for data in odd[:30] for at in (12, 60, len(data) // 2)]
