@@ -271,14 +271,18 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
 
 
+def cores() -> int:
+    """Of all machines that Ray has."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[int, int], float, int]:
     """(least, most) actors, GPUs of each, threads of each, on this machine.
 
     Threads go by all shards of the listing, not by those to do: a resumed run computes with as many as the first, so
     that its vectors have the same bits.
     """
-    resources = ray.cluster_resources()
-    cpus = max(1, int(resources.get("CPU", 1)))
+    resources, cpus = ray.cluster_resources(), cores()
     if device == "cuda":
         gpus = 1.0 if config.gpus_per_actor is None else config.gpus_per_actor
         default = max(1, int(resources.get("GPU", 0) / gpus)) if gpus else 1

@@ -33,7 +33,8 @@ from pipeline.versions import ShardFiles, publish, published
 
 WRITES_WAITING = 4  # batches of vectors between device and writer …
 WAITING_BYTES = 128 * 2**20  # … and fewer where tokens or feature maps make them large
-STAGES = ("read", "decode", "forward", "write")
+STAGES = ("read", "decode", "transfer", "forward", "write")  # transfer: from images to a batch for the device
+PARTS = (*STAGES, "fetch", "launch")  # images behind URLs; on CUDA the host's side of `forward`, which is the device's
 MARK = secrets.token_hex(2)  # of this process
 
 
@@ -61,10 +62,11 @@ class Receipt:
     error: str | None
     embedded: bool  # False: another run's files were already there
     bytes_read: int
-    seconds: dict[str, float]  # by stage; decode sums over its threads
+    seconds: dict[str, float]  # by `PARTS`; those of several threads are summed
     started: float  # Unix time
     ended: float
     worker: str  # host and process
+    cpu_s: dict[str, float] = field(default_factory=dict)  # of `seconds`; `process`: all, since the receipt before
 
 
 @dataclass
@@ -97,11 +99,20 @@ class Work:
     """One shard under way: what waits for its next batch, and the files that it becomes."""
 
     shard: Shard
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     samples: list[Sample] = field(default_factory=list)
     decoded: list[Decoded] = field(default_factory=list)
     writer: ShardWriter | None = None
     error: str | None = None
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds what this thread takes, on the clock and of the processor."""
+        started, cpu = time.perf_counter(), time.thread_time()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+        self.cpu_s[part] += time.thread_time() - cpu
 
     def close(self) -> None:
         """Leaves no scratch file."""
@@ -126,7 +137,8 @@ class Embedder:
 
     def __init__(self, job: Job, backbone: Backbone, feed: Feed):
         self.job, self.backbone, self.activity = job, backbone, Activity()
-        self._root, self._feed = Root(job.output), feed
+        self._root, self._feed, self._is_cuda = Root(job.output), feed, backbone.device.type == "cuda"
+        self._cpu_s = 0.0  # of the process, at the last receipt
 
     def __call__(self, shards: Iterable[Shard | None], done: Callable[[Receipt], None]) -> None:
         """`done` gets one receipt a shard as each is published, from a thread of ours.
@@ -134,7 +146,7 @@ class Embedder:
         `shards` is asked for the next one when there is room for it, and again where it gave None. Raises what is
         nobody's fault but ours.
         """
-        flow = Flow()
+        flow, self._cpu_s = Flow(), time.process_time()
         to_write: queue.Queue[Any] = queue.Queue(maxsize=self._writes_waiting())
         writer = flow.start(lambda: self._write(flow, to_write, done))
         try:
@@ -197,7 +209,9 @@ class Embedder:
                 flow.put(to_write, (work, what))
 
     def _take(self, flow: Flow, work: Work, sample: Sample, outcome: Outcome, to_write: "queue.Queue[Any]") -> None:
+        work.seconds["fetch"] += outcome.fetch_s
         work.seconds["decode"] += outcome.decode_s
+        work.cpu_s["decode"] += outcome.cpu_s
         if isinstance(outcome.result, Reject):
             self._at("write", work.shard.name)
             flow.put(to_write, (work, Refused(sample, outcome.result, outcome.size)))
@@ -217,12 +231,12 @@ class Embedder:
 
     def _batch(self, work: Work, samples: list[Sample], decoded: list[Decoded]) -> Batch:
         self._at("forward", work.shard.name)
-        started = time.perf_counter()
-        images = torch.from_numpy(np.stack([d.pixels for d in decoded]))
-        if self.backbone.device.type == "cuda":
-            images = images.pin_memory()
-        vectors = self.backbone(images)
-        work.seconds["forward"] += time.perf_counter() - started
+        with work.timed("transfer"):
+            images = torch.from_numpy(np.stack([d.pixels for d in decoded]))
+            if self._is_cuda:
+                images = images.pin_memory()
+        with work.timed("launch" if self._is_cuda else "forward"):
+            vectors = self.backbone(images)
         return Batch(samples, [(d.width, d.height) for d in decoded], vectors)
 
     # writer thread
@@ -238,6 +252,8 @@ class Embedder:
                     under_way.discard(work)
                     work.close()
                     self.activity.under_way.pop(work.shard.name, None)
+                    before, self._cpu_s = self._cpu_s, time.process_time()
+                    work.cpu_s["process"] = self._cpu_s - before
                     done(_receipt(work, what, files, embedded))
         finally:
             for work in under_way:
@@ -262,25 +278,21 @@ class Embedder:
         if work.writer.counts.samples != ended.samples:
             written = work.writer.counts.samples
             raise RuntimeError(f"{work.shard.name}: {ended.samples} samples read, {written} written")
-        started = time.perf_counter()
-        files, embedded = publish(self._root, self.job.vectors.folder, work.shard, work.writer)
-        work.seconds["write"] += time.perf_counter() - started
-        return files, embedded
+        with work.timed("write"):
+            return publish(self._root, self.job.vectors.folder, work.shard, work.writer)
 
     def _write_event(self, work: Work, event: Batch | Refused) -> None:
         assert work.writer is not None
         if isinstance(event, Refused):
             work.writer.reject(event.sample, event.why, event.size)
             return
-        started = time.perf_counter()
-        arrays = event.vectors.to_numpy()  # on CUDA this is where the device is waited for
-        work.seconds["forward"] += time.perf_counter() - started
-        started = time.perf_counter()
-        try:
-            work.writer.rows(event.samples, event.sizes, arrays)
-        except NotFinite as e:
-            work.error = f"forward: {e}"
-        work.seconds["write"] += time.perf_counter() - started
+        with work.timed("forward" if self._is_cuda else "write"):
+            arrays = event.vectors.to_numpy()  # on CUDA this is where the device is waited for
+        with work.timed("write"):
+            try:
+                work.writer.rows(event.samples, event.sizes, arrays)
+            except NotFinite as e:
+                work.error = f"forward: {e}"
 
 
 def worker_name() -> str:
@@ -299,4 +311,5 @@ def _receipt(work: Work, ended: Ended, files: ShardFiles | None, embedded: bool)
         started=ended.started,
         ended=time.time(),
         worker=worker_name(),
+        cpu_s=work.cpu_s | {"read": ended.read_cpu_s},
     )

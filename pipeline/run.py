@@ -10,11 +10,12 @@ from typing import Any
 
 from pipeline import actors, backbone, versions, weights
 from pipeline.config import OUTPUTS, RunConfig, VectorSet
-from pipeline.embed import STAGES, Job, Receipt
+from pipeline.embed import Job, Receipt
 from pipeline.errors import StorageError, UsageError
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.output import Root
-from pipeline.progress import Display, Note, State, speed
+from pipeline.progress import Display, Note, State
+from pipeline.speed import Means, Sums
 from pipeline.storage import digest, redact
 from pipeline.watch import Failed, Stalled, watch
 
@@ -45,7 +46,7 @@ class Run:
     started: float  # time.monotonic()
     receipts: list[Receipt] = field(default_factory=list)
     failed: list[Receipt] = field(default_factory=list)
-    threads: int = 1  # that decode, of each actor
+    means: Means = field(default_factory=lambda: Means(cores=1, threads=1))
 
 
 @dataclass
@@ -189,7 +190,9 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
     with actors.local_ray():
-        size, gpus, run.threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
+        size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
+        of_a_gpu = gpus or (1 / size[1] if run.device == "cuda" else 0.0)  # Ray need not know that one is shared
+        run.means = Means(cores=actors.cores(), threads=threads, gpus=of_a_gpu)
         job = Job(
             vectors=run.vectors,
             labels=run.labels,
@@ -198,8 +201,8 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             output=run.root.url,
             device=run.device,
             batch_size=run.config.batch_size,
-            decode_threads=run.threads,
-            torch_threads=run.threads,
+            decode_threads=threads,
+            torch_threads=threads,
         )
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
             for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
@@ -278,9 +281,10 @@ def _reasons(rejects: dict[str, int]) -> str:
 def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Version | None) -> dict[str, Any]:
     """The object of `embed --json`; counts are over all shards of the result, speed over what this run embedded."""
     embedded = [r.files for r in run.receipts if r.files]
-    ours = [r.files for r in run.receipts if r.files and r.embedded]  # without what another driver was faster with
     total = versions.totals(files or embedded)
-    pace = speed(run.receipts, run.threads)
+    sums = Sums()
+    for receipt in run.receipts:
+        sums.add(receipt)
     seconds = time.monotonic() - run.started
     accuracy: dict[str, Any] = {}
     if total.labelled or run.config.only_metrics:
@@ -300,12 +304,10 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
         "rows": total.rows,
         "rejects": dict(sorted(total.rejects.items())),
         "seconds": round(seconds, 3),
-        "images_per_s": round(pace.images_per_s, 2),
-        "images_per_s_all_in": round(sum(f.counts.samples for f in ours) / seconds, 2),
-        "limited_by": pace.limited_by,
-        "speed": pace.sentence,
-        "stage_seconds": {s: round(sum(r.seconds[s] for r in run.receipts), 3) for s in STAGES},
-        "bytes_read": sum(r.bytes_read for r in run.receipts),
+        **sums.speed(run.means).as_dict(),
+        "images_per_s_all_in": round(sums.samples / seconds, 2),
+        "stage_seconds": {stage: round(s, 3) for stage, s in sums.stage_seconds.items()},
+        "bytes_read": sums.bytes_read,
         "failed": [{"shard": r.shard, "error": r.error} for r in run.failed],
         "removed": run.removed,
         **accuracy,
