@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     size: int  # bytes as stored
     fetch_s: float  # waited for, where the image lay behind a URL
     decode_s: float
-    cpu_s: float = 0.0  # of these two, in this process
+    cpu_s: float  # of these two
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Ended:
     read_s: float  # waited for the store; not for images behind URLs
     started: float  # Unix time
     error: str | None
-    read_cpu_s: float = 0.0  # of `read_s`, in this process
+    read_cpu_s: float = 0.0  # of `read_s`
 
 
 class Fed(NamedTuple):

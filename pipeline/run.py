@@ -12,6 +12,7 @@ from pipeline import actors, backbone, versions, weights
 from pipeline.config import OUTPUTS, RunConfig, VectorSet
 from pipeline.embed import Job, Receipt
 from pipeline.errors import StorageError, UsageError
+from pipeline.feeders import STREAMS
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
@@ -189,10 +190,15 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
     """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
-    with actors.local_ray():
+    with actors.local_ray(run.config.feeders):
         size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
-        of_a_gpu = gpus or (1 / size[1] if run.device == "cuda" else 0.0)  # Ray need not know that one is shared
-        run.means = Means(cores=actors.cores(), threads=threads, gpus=of_a_gpu)
+        feeders = -(-run.config.feeders // size[1])
+        run.means = Means(
+            cores=actors.cores(),
+            threads=threads,
+            gpus=gpus or (1 / size[1] if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
+            streams=feeders * STREAMS,
+        )
         job = Job(
             vectors=run.vectors,
             labels=run.labels,
@@ -203,6 +209,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             batch_size=run.config.batch_size,
             decode_threads=threads,
             torch_threads=threads,
+            feeders=feeders,
         )
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
             for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):

@@ -3,9 +3,9 @@
 The stages of a worker run at once, so a run is as fast as the busiest of the things that they need. Of each there were
 so many seconds, and each stage took some:
 
-    reader      a thread of each worker: `read` waits for the store and splits shards into samples
+    reader      a thread of each worker, or of each stream of its feeders: `read`, the store and samples out of shards
     decoders    threads of each worker: `decode`; while they wait for images behind URLs, `read`
-    feeder      a thread of each worker: `transfer` makes batches, `forward` computes, or on CUDA launches
+    batcher     a thread of each worker: `transfer` makes batches, `forward` computes them, or on CUDA launches it
     writer      a thread of each worker: `write`
     cores       CPU seconds of all threads, of all cores
     device      on CUDA: `forward`, by the device's own clock, of all GPUs in use
@@ -37,6 +37,7 @@ class Means:
     cores: int  # of all machines
     threads: int  # of each worker that decode; on the CPU as many compute
     gpus: float = 0.0  # of each worker, may be a fraction; 0: the CPU computes
+    streams: int = 0  # of each worker's feeders, each a thread that reads and one that decodes; 0: it has none
 
 
 class Resource(NamedTuple):
@@ -157,10 +158,11 @@ class Sums:
     def _own(self, means: Means, spans: float) -> tuple[Resource, ...]:
         """Those that each worker has for itself. `spans`: seconds of all workers, summed."""
         s = {part: self._seconds.get(part, 0.0) for part in PARTS}
+        forward = s["launch" if means.gpus else "forward"]
         return (
-            Resource("reader", spans, {"read": s["read"]}),
-            Resource("decoders", spans * means.threads, {"read": s["fetch"], "decode": s["decode"]}),
-            Resource("feeder", spans, {"transfer": s["transfer"], "forward": s["launch" if means.gpus else "forward"]}),
+            Resource("reader", spans * (means.streams or 1), {"read": s["read"]}),
+            Resource("decoders", spans * (means.streams or means.threads), {"read": s["fetch"], "decode": s["decode"]}),
+            Resource("batcher", spans, {"transfer": s["transfer"], "forward": forward}),
             Resource("writer", spans, {"write": s["write"]}),
         )
 
@@ -174,7 +176,8 @@ class Sums:
         if means.gpus:
             cpu["forward"] = self._cpu_s.get("launch", 0.0)
         else:
-            rest = self._cpu_s.get("process", 0.0) - sum(cpu.values()) + cpu["forward"]
+            known = ("transfer", "write") if means.streams else ("read", "decode", "transfer", "write")
+            rest = self._cpu_s.get("process", 0.0) - sum(cpu[stage] for stage in known)
             most = self._seconds.get("forward", 0.0) * means.threads
             cpu["forward"] = max(cpu["forward"], min(rest, most))
         return Resource("cores", means.cores * seconds, cpu)

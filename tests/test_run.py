@@ -21,6 +21,7 @@ from test_weights import save_local_dir
 from pipeline import versions
 from pipeline.columns import Columns
 from pipeline.config import RunConfig
+from pipeline.embed import STAGES
 from pipeline.listing import list_shards
 from pipeline.output import Root
 from pipeline.progress import is_alive, read_notes

@@ -65,7 +65,7 @@ def slow_writer(embedder: Embedder, patch: pytest.MonkeyPatch) -> None:
 
 
 def slow_publishing(embedder: Embedder, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(embed_module, "publish", slowed(embed_module.publish, 0.4))
+    patch.setattr(embed_module, "publish", slowed(embed_module.publish, 0.8))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,9 +110,7 @@ def test_the_slow_part_is_named(case: str, tars: Path, tmp_path: Path, monkeypat
     assert f"limited by {stage}" in speed.sentence
 
 
-def test_images_that_come_late_from_urls_are_the_stores_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_that_come_late_from_urls_are_the_stores_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the decoding threads that wait for them, and they are not to blame."""
     (tmp_path / "in").mkdir()
     (tmp_path / "a.jpg").write_bytes(jpeg(40, 40))
@@ -182,6 +180,16 @@ def test_threads_of_the_forward_pass_count() -> None:
     assert speed.cpu_seconds["forward"] == pytest.approx(15.5) and speed.limited_by == "forward"
     most = told(of_two, means=Means(cores=2, threads=1)).cpu_seconds["forward"]
     assert most == pytest.approx(8.0)  # a thread for 8 s: what is beyond is of another library's threads
+
+
+def test_feeders_read_and_decode_with_cores_of_their_own() -> None:
+    """Their threads have their seconds; the cores have it all the same."""
+    cpu = {"read": 1.0, "decode": 30.0, "forward": 3.0, "process": 4.0}
+    fed = made.receipt("a", 0, 10, 100, seconds={"read": 4.0, "decode": 38.0, "forward": 3.0}, cpu_s=cpu)
+    speed = told(fed, means=Means(cores=8, threads=8, streams=4))
+    assert (speed.limited_by, speed.of_ceiling) == ("decode", pytest.approx(0.95))
+    assert speed.stage_busy["read"] == pytest.approx(0.1)
+    assert speed.cpu_seconds["forward"] == pytest.approx(4.0) and speed.cores_busy == pytest.approx(35 / 80)
 
 
 CUDA = Means(cores=16, threads=4, gpus=0.25)
