@@ -30,17 +30,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.board import Board, Told
 from pipeline.config import RunConfig
-from pipeline.embed import Embedder, Feed, Job, Receipt, worker_name
+from pipeline.embed import Embedder, Feed, Job, Receipt, backbone_of, worker_name
 from pipeline.errors import UsageError
 from pipeline.feed import LocalFeed
 from pipeline.feeders import RemoteFeed
 from pipeline.listing import Shard
+from pipeline.machine import cpu_workers
 
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
 FEEDER_BYTES = 64 * 2**20  # … and, of each feeder, the chunks under way
-# One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
-# has a model and an interpreter of its own; 3 GB leave room beside pit_b's whole run of two, 4.8 GB with the driver.
-CPU_ACTOR_BYTES = 3 * 2**30
 # Ray starts dead workers again and again; what bounds it is ours: MAX_DEATHS a shard, and so many workers that died
 # before they were ready.
 RESTARTS = -1
@@ -125,21 +123,8 @@ class EmbedShards:
         _asked(board.start.remote(slot, self._name), None)  # first: loading the model may be what kills it
         import torch
 
-        from pipeline.backbone import load_backbone
-
         torch.set_num_threads(job.torch_threads)
-        vectors = job.vectors
-        backbone = load_backbone(
-            vectors.model,
-            Path(job.weights),
-            job.adapt,
-            precision=vectors.precision,
-            device=job.device,
-            classes=bool(vectors.top_k),
-            top_k=vectors.top_k,
-            batch_size=job.batch_size,
-            tensors=vectors.tensors,
-        )
+        backbone = backbone_of(job)
         self._embedder = Embedder(job, backbone, self._feed(job, backbone.batch_size))
         threading.Thread(target=self._tick, daemon=True).start()
 
@@ -297,7 +282,7 @@ def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[
         gpus = 1.0 if config.gpus_per_actor is None else config.gpus_per_actor
         default = max(1, int(resources.get("GPU", 0) / gpus)) if gpus else 1
     else:
-        gpus, default = 0.0, max(1, min(cpus, int(resources.get("memory", 0) / CPU_ACTOR_BYTES)))
+        gpus, default = 0.0, cpu_workers(cpus, resources.get("memory", 0))
     least, most = config.actors or (default, default)
     if gpus and least * gpus > resources.get("GPU", 0):
         raise UsageError(f"--actors {least} with {gpus} GPUs each: this machine has {resources.get('GPU', 0):.0f}")

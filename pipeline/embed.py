@@ -14,12 +14,13 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from pipeline.backbone import Backbone, Vectors
+from pipeline.backbone import Backbone, Vectors, load_backbone
 from pipeline.config import Adapt, VectorSet
 from pipeline.errors import Reject, StorageError
 from pipeline.feed import Ended, Fed, Outcome
@@ -52,6 +53,22 @@ class Job:
     decode_threads: int
     torch_threads: int
     feeders: int = 0  # processes that read and decode for this one; 0: it does so itself
+
+
+def backbone_of(job: Job) -> Backbone:
+    """The job's model with its weights, on its device."""
+    vectors = job.vectors
+    return load_backbone(
+        vectors.model,
+        Path(job.weights),
+        job.adapt,
+        precision=vectors.precision,
+        device=job.device,
+        classes=bool(vectors.top_k),
+        top_k=vectors.top_k,
+        batch_size=job.batch_size,
+        tensors=vectors.tensors,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import actors, backbone, versions, weights
-from pipeline.config import OUTPUTS, RunConfig, VectorSet
+from pipeline.config import RunConfig, VectorSet
 from pipeline.embed import Job, Receipt
 from pipeline.errors import StorageError, UsageError
 from pipeline.feeders import STREAMS
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
+from pipeline.sets import vector_set
 from pipeline.speed import Means, Sums
-from pipeline.storage import digest, redact
 from pipeline.watch import Failed, Stalled, watch
 
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
@@ -114,31 +114,8 @@ def plan(config: RunConfig) -> Run:
     device = backbone.resolve_device(config.device)
     if device == "cpu" and config.gpus_per_actor:
         raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
-    precision = backbone.resolve_precision(config.precision, device)
     module = weights.load_module(config.model, config.weights, config.adapt)
-    facts = backbone.facts_of(module, config.model, config.outputs or (), config.feature_indices, config.feature_names)
-    outputs, top_k = _outputs(config, facts)
-    labels, source = _labels(config, facts) if top_k else ((), "none")
-    vectors = VectorSet(
-        model=config.model,
-        architecture=weights.architecture_of(config.model),
-        weights_sha256=weights.sha256(module.state_dict()),
-        preprocessing=facts.preprocessing,
-        exif_orientation=config.exif_orientation,
-        precision=precision,
-        engine=config.engine,
-        decode=config.decode,
-        outputs=outputs,
-        tensors=facts.tensors,
-        pooling=facts.pooling,
-        dim=facts.dim,
-        classes=facts.classes,
-        top_k=top_k,
-        labels_sha256=digest(*labels) if labels else "",
-        labels_source=source,
-        normalized=config.normalize,
-        vector_type=config.vector_type,
-    )
+    vectors, labels = vector_set(config, module, device)
     done = versions.done(root, vectors.folder)
     todo = [s for s in shards if versions.file_name(vectors.folder, "embeddings", s.name, s.etag) not in done]
     check_columns(todo, config.columns)
@@ -159,31 +136,6 @@ def plan(config: RunConfig) -> Run:
 
 def _list(config: RunConfig, root: Root) -> list[Shard]:
     return list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
-
-
-def _outputs(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], int]:
-    """The outputs asked for, in the contract's order, and k: 0 without classes, never more than there are classes."""
-    if config.only_metrics:
-        wanted = {"classes"}
-    elif config.outputs is None:
-        wanted = {"embedding", "classes"} if facts.classes else {"embedding"}
-    else:
-        wanted = {"embedding", *config.outputs}
-        if "heads" in wanted:
-            wanted.add("classes")  # the mean of both heads, beside the heads
-    if "classes" in wanted and not facts.classes:
-        flag = "--only-metrics" if config.only_metrics else "--outputs classes"
-        raise UsageError(f"{flag}: {config.model} has no classifier, with these weights")
-    if config.labels is not None and "classes" not in wanted:
-        raise UsageError(f"--labels {redact(config.labels)}: no classes are kept; add `classes` to --outputs")
-    outputs = tuple(o for o in OUTPUTS if o in wanted)
-    return outputs, min(config.top_k, facts.classes) if "classes" in outputs else 0
-
-
-def _labels(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], str]:
-    if config.labels is not None:
-        return backbone.read_labels(config.labels, facts.classes), "file"
-    return facts.label_names, facts.labels_source
 
 
 def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
