@@ -1,11 +1,10 @@
 """`embed`: the main job. The same command again resumes, and again later embeds only what changed."""
 
-import re
 from typing import Annotated
 
 import typer
 
-from jobs import exits
+from jobs import exits, flags
 from pipeline.errors import UsageError
 
 
@@ -82,11 +81,11 @@ def embed(
                 format=format,
                 columns=Columns(image=image_column, key=key_column, uri=uri_column, allow_urls=tuple(allow_url or ())),
                 weights=weights,
-                outputs=_words(outputs),
-                feature_indices=_indices(feature_indices),
-                feature_names=_words(feature_names),
+                outputs=flags.words(outputs),
+                feature_indices=flags.indices(feature_indices),
+                feature_names=flags.words(feature_names),
                 only_metrics=only_metrics,
-                adapt=Adapt(image_size=_size(image_size), in_chans=in_chans, num_classes=num_classes),
+                adapt=Adapt(image_size=flags.size(image_size), in_chans=in_chans, num_classes=num_classes),
                 top_k=top_k,
                 labels=labels,
                 precision=precision,
@@ -95,8 +94,8 @@ def embed(
                 exif_orientation=not no_exif_orientation,
                 normalize=normalize,
                 vector_type=vector_type,
-                batch_size=_batch_size(batch_size),
-                actors=_pool(actors),
+                batch_size=flags.batch_size(batch_size),
+                actors=flags.pool(actors),
                 gpus_per_actor=gpus_per_actor,
                 feeders=feeders,
                 device=device,
@@ -124,40 +123,3 @@ def _refuse_unavailable(*, engine: str, decode: str, ray_address: str | None) ->
             raise UsageError(f"{flag} {value} is not available yet: use {flag} {known}")
     if ray_address is not None:
         raise UsageError(f"--ray-address {ray_address} is not available yet: leave it out to use a local Ray")
-
-
-def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(","))
-
-
-def _indices(text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(index) for index in text.split(","))
-    except ValueError:
-        raise UsageError(f"--feature-indices {text}: must be whole numbers, as in 0,2") from None
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    sides = re.fullmatch(r"([0-9]+)(?:[xX,]([0-9]+))?", text.strip())  # a job file's list comes with a comma
-    if sides is None:
-        raise UsageError(f"--image-size {text}: must be H or HxW, as in 320 or 256x384")
-    return int(sides[1]), int(sides[2] or sides[1])
-
-
-def _batch_size(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal():
-        raise UsageError(f"--batch-size {text}: must be a whole number or auto")
-    return int(text)
-
-
-def _pool(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    least, colon, most = text.partition(":")
-    if not least.isdecimal() or (colon and not most.isdecimal()):
-        raise UsageError(f"--actors {text}: must be N or MIN:MAX")
-    return int(least), int(most or least)

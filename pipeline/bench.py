@@ -9,7 +9,7 @@ with all of them, so what it reached is what a run may expect.
 import io
 import itertools
 import math
-import shlex
+import os
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +37,7 @@ READ, DECODE, TRANSFER, FORWARD, WRITE, TRIAL = 0.04, 0.16, 0.02, 0.4, 0.04, 0.2
 CPU_BATCHES, CUDA_BATCHES = (8, 16, 64), (64, 256)  # beside the usual one, while there is time
 WORTH_ANOTHER_BATCH = 1.03
 COMPILE_S = 150.0  # with so much time compiling is tried unasked: it alone may take a minute
+BUSY = 0.5  # load of a core before we begin
 TRIAL_SHARD_S = 1.5  # of one worker: several shards in a trial of some seconds
 TRIAL_SHARD_BYTES = 512 * 2**20
 
@@ -65,13 +66,16 @@ class Bench:
         self.device = resolve_device(self.config.device)
         self.module = weights.load_module(self.config.model, self.config.weights, self.config.adapt)
         self.vectors, self.labels = vector_set(self.config, self.module, self.device)
+        self.staged = weights.stage(self.module, self.vectors.weights_sha256)
         gpus, cores = torch.cuda.device_count() if self.device == "cuda" else 0, machine.cores()
         workers = gpus or machine.cpu_workers(cores, machine.free_memory_bytes())
         self.room = Room(cores=cores, gpus=gpus, workers=self.config.actors[1] if self.config.actors else workers)
-        self.skipped: list[str] = []
+        self.notes: list[str] = []
 
     def __call__(self) -> dict[str, Any]:
-        before = torch.get_num_threads()
+        load, before = os.getloadavg()[0], torch.get_num_threads()
+        if load > BUSY * self.room.cores:
+            self.notes.append(f"others are at work here (a load of {load:.1f}): a run would reach more without them")
         torch.set_num_threads(self._threads(self.room.workers))
         try:
             return self._measured()
@@ -107,13 +111,13 @@ class Bench:
             "transfer": _told(transfer),
             "forward": [_told_forward(f) for f in forwards],
             "write": _told(write) | {"dim": self.vectors.dim},
-            "skipped": self.skipped,
+            "notes": self.notes,
             "ceiling_images_per_s": round(top.images_per_s, 2),
             "ceiling": _told_ceiling(top),
             "expected_images_per_s": round(expected, 2),
             "limited_by": "read" if expected < tried["images_per_s"] else tried["limited_by"],
             "trial": tried,
-            "command": self._command(decoding, fastest, workers),
+            "flags": self._flags(decoding, fastest, workers),
         }
 
     def _threads(self, workers: int) -> int:
@@ -222,7 +226,7 @@ class Bench:
         job = Job(
             vectors=vectors,
             labels=self.labels,
-            weights=str(weights.stage(self.module, vectors.weights_sha256)),
+            weights=str(self.staged),
             adapt=replace(self.config.adapt, num_classes=vectors.classes or self.config.adapt.num_classes),
             output=self.config.output,
             device=self.device,
@@ -261,14 +265,12 @@ class Bench:
         (shard,) = list_shards([str(path)])
         return shard
 
-    def _command(self, decoding: Decoding, forward: Forward, workers: int) -> str:
-        """What to type: the flags that are given, and those that were found."""
-        config = self.config
-        size = config.adapt.image_size
+    def _flags(self, decoding: Decoding, forward: Forward, workers: int) -> list[str]:
+        """Of `embed`: what was asked for, and what was found."""
+        outputs, size = self.config.outputs, self.config.adapt.image_size
         flags = {
-            "--model": config.model,
-            "--weights": config.weights,
-            "--outputs": ",".join(config.outputs) if config.outputs else None,
+            "--model": self.config.model,
+            "--outputs": ",".join(outputs) if outputs else None,
             "--image-size": f"{size[0]}x{size[1]}" if size else None,
             "--device": self.device,
             "--decode": decoding.decode,
@@ -278,9 +280,7 @@ class Bench:
             "--actors": workers,
             "--gpus-per-actor": round(self.room.gpus / workers, 3) if self.room.gpus else None,
         }
-        words = [*itertools.chain(*(("--input", i) for i in config.inputs)), "--output", "out"]
-        words += [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
-        return f"shard2vec embed {shlex.join(words)}"
+        return [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
 
     # what is told
 

@@ -70,9 +70,9 @@ def read(shards: Sequence[Shard], seconds: float) -> Read:
     images: list[bytes] = []
     count = size = kept = 0
     started, cpu = time.perf_counter(), time.process_time()
-    for image in _stored(shards, started + seconds):
+    for is_new, image in _stored(shards, started + seconds):
         count, size = count + 1, size + len(image)
-        if len(images) < KEPT_IMAGES and (not images or kept + len(image) <= KEPT_BYTES):
+        if is_new and len(images) < KEPT_IMAGES and (not images or kept + len(image) <= KEPT_BYTES):
             images.append(image)
             kept += len(image)
     if not images:
@@ -81,8 +81,8 @@ def read(shards: Sequence[Shard], seconds: float) -> Read:
     return Read(cost, size, images)
 
 
-def _stored(shards: Sequence[Shard], until: float) -> Iterator[bytes]:
-    """Images as they lie in the store, those behind URLs as many at a time as a run fetches."""
+def _stored(shards: Sequence[Shard], until: float) -> Iterator[tuple[bool, bytes]]:
+    """Images as they lie in the store, as many at a time from URLs as a run has; is it the first time?"""
     with ThreadPoolExecutor(FETCHERS) as fetchers:
         for again in itertools.count():
             found = 0
@@ -91,7 +91,7 @@ def _stored(shards: Sequence[Shard], until: float) -> Iterator[bytes]:
                     while several := list(itertools.islice(samples, FETCHERS)):
                         stored = [image for image in fetchers.map(_bytes_of, several) if image]
                         found += len(stored)
-                        yield from stored
+                        yield from ((not again, image) for image in stored)
                         if time.perf_counter() > until and (found or again):
                             return
             if not found:

@@ -13,7 +13,7 @@ so many seconds, and each stage took some:
     busy = seconds taken / seconds that there were          ceiling = images/s / busy, of the busiest
 
 A stage limits where it takes the most of the busiest. Where nothing is nearly always busy nothing limits but the wait:
-a run of few images starts and ends more than it works, and workers without shards do not count in its favour. A thread
+a run of few images starts and ends more than it works, workers may lack shards, and others may take the cores. A thread
 looks busy while it waits for a core, or for the device to take its next launch; so where cores or device are nearly
 always busy it is them.
 """
@@ -213,7 +213,7 @@ def _sentence(images_per_s: float, busiest: Resource, all_of_them: tuple[Resourc
     if busiest.busy < NEARLY_ALWAYS:
         return (
             f"{images_per_s:,.1f} images/s, limited by nothing that is busy: {busiest.name} {share}, {others}; "
-            "too few images, or too few shards for the workers"
+            "too few images, too few shards for the workers, or cores that others take"
         )
     total = sum(busiest.taken.values())
     parts = sorted(busiest.taken, key=lambda stage: -busiest.taken[stage])
