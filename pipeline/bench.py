@@ -33,7 +33,7 @@ from pipeline.sets import vector_set
 from pipeline.speed import Means, Sums
 
 # Shares of the seconds asked for. To load torch in the trial's processes, and to compile, comes on top.
-READ, DECODE, TRANSFER, FORWARD, WRITE, TRIAL = 0.04, 0.16, 0.02, 0.4, 0.04, 0.25
+READ, COMPARE, DECODE, TRANSFER, FORWARD, WRITE, TRIAL = 0.04, 0.04, 0.14, 0.02, 0.4, 0.04, 0.25
 CPU_BATCHES, CUDA_BATCHES = (8, 16, 64), (64, 256)  # beside the usual one, while there is time
 WORTH_ANOTHER_BATCH = 1.03
 COMPILE_S = 150.0  # with so much time compiling is tried unasked: it alone may take a minute
@@ -88,8 +88,9 @@ class Bench:
         read = measure.read(self.shards, READ * seconds)
         images, pixels = measure.usable(self._decoder("exact"), read.images)
         plain = self._backbone("eager", "fp32", None)
-        decodings = list(self._decodings(images, pixels, plain))
-        forwards = self._forwards(pixels, plain)
+        reference = measure.embeddings(plain, pixels, COMPARE * seconds)
+        decodings = list(self._decodings(images, pixels, plain, reference))
+        forwards = self._forwards(pixels, reference)
         fastest = self._fastest(forwards)
         transfer = measure.transfer(pixels, fastest.batch_size, plain.device, TRANSFER * seconds)
         arrays = plain(measure.batch_of(pixels, fastest.batch_size)).to_numpy()
@@ -139,7 +140,9 @@ class Bench:
 
     # decode
 
-    def _decodings(self, images: Sequence[bytes], pixels: Sequence[Decoded], plain: Backbone) -> Iterator[Decoding]:
+    def _decodings(
+        self, images: Sequence[bytes], pixels: Sequence[Decoded], plain: Backbone, reference: torch.Tensor
+    ) -> Iterator[Decoding]:
         modes = [self.asked.decode] if self.asked.decode else ["exact"]
         each = DECODE * self.asked.seconds / len(modes) / 2
         for mode in modes:
@@ -149,23 +152,23 @@ class Bench:
                 decode=mode,
                 one=measure.decode(decoder, images, 1, each),
                 all=measure.decode(decoder, images, self.room.cores, each),
-                difference=measure.difference(decoder, images, pixels, plain),
+                difference=measure.difference(decoder, images, pixels, plain, reference),
             )
 
     # forward
 
-    def _forwards(self, pixels: Sequence[Decoded], plain: Backbone) -> list[Forward]:
+    def _forwards(self, pixels: Sequence[Decoded], reference: torch.Tensor) -> list[Forward]:
         """Every engine and precision with the usual batch, then other sizes of the fastest while there is time."""
         ways = list(self._ways())
         until = time.monotonic() + FORWARD * self.asked.seconds
         each = FORWARD * self.asked.seconds / (len(ways) + 2)
-        forwards = [f for way in ways if (f := self._forward(*way, None, pixels, plain, each))]
+        forwards = [f for way in ways if (f := self._forward(*way, None, pixels, reference, each))]
         if self.config.batch_size is None:
             best = self._fastest(forwards)
             for size in CUDA_BATCHES if self.room.gpus else CPU_BATCHES:
                 if time.monotonic() + best.start_s + each > until:
                     break
-                other = self._forward(best.engine, best.precision, size, pixels, plain, each / 2)
+                other = self._forward(best.engine, best.precision, size, pixels, reference, each / 2)
                 forwards += [other] if other else []
         return forwards
 
@@ -182,14 +185,13 @@ class Bench:
         precision: str,
         batch_size: int | None,
         pixels: Sequence[Decoded],
-        plain: Backbone,
+        reference: torch.Tensor,
         seconds: float,
     ) -> Forward | None:
         self.say(f"forward: {engine} {precision}{f', {batch_size} images a batch' if batch_size else ''}")
         started = time.perf_counter()
         backbone = self._backbone(engine, precision, batch_size)
-        some = measure.stacked(pixels[: backbone.batch_size])
-        cosine = measure.cosine(backbone, some, plain, some)
+        cosine = measure.cosine(backbone, pixels, reference)
         start_s = time.perf_counter() - started
         cost = measure.forward(backbone, pixels, seconds)
         return Forward(

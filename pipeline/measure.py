@@ -138,18 +138,29 @@ def decode(decoder: Decoder, images: Sequence[bytes], threads: int, seconds: flo
     return Cost(sum(n for n, _ in done), time.perf_counter() - started, sum(cpu for _, cpu in done))
 
 
-def difference(decoder: Decoder, images: Sequence[bytes], exact: Sequence[Decoded], plain: Backbone) -> Difference:
-    """`exact`: of the same images. `plain`: the model in fp32, whose embeddings are compared."""
-    pixels = stacked([decoder(image) for image in images[:COMPARED]])
-    reference = stacked(exact[:COMPARED])
-    levels = (pixels.int() - reference.int()).abs()
-    return Difference(int(levels.max()), float(levels.float().mean()), cosine(plain, pixels, plain, reference))
+def embeddings(backbone: Backbone, decoded: Sequence[Decoded], seconds: float) -> torch.Tensor:
+    """Of the first images, as many as there is time for, two at least: float64 (n, D)."""
+    parts: list[torch.Tensor] = []
+    until = time.perf_counter() + seconds
+    while 2 * len(parts) < min(COMPARED, len(decoded)) and (not parts or time.perf_counter() < until):
+        two = stacked(decoded[2 * len(parts) : 2 * len(parts) + 2])
+        parts.append(backbone(two).embedding.double().cpu())
+    return torch.cat(parts)
 
 
-def cosine(backbone: Backbone, images: torch.Tensor, other: Backbone, others: torch.Tensor) -> float:
-    """The smallest of the embeddings of `images` with those that `other` gives of `others`, row by row."""
-    a, b = backbone(images).embedding.double().cpu(), other(others).embedding.double().cpu()
-    return float(torch.nn.functional.cosine_similarity(a, b).min())
+def difference(
+    decoder: Decoder, images: Sequence[bytes], exact: Sequence[Decoded], plain: Backbone, reference: torch.Tensor
+) -> Difference:
+    """`exact`: of the same images. `reference`: what `plain` gives of the first of these."""
+    decoded = [decoder(image) for image in images[:COMPARED]]
+    levels = (stacked(decoded).int() - stacked(exact[:COMPARED]).int()).abs()
+    return Difference(int(levels.max()), float(levels.float().mean()), cosine(plain, decoded, reference))
+
+
+def cosine(backbone: Backbone, decoded: Sequence[Decoded], reference: torch.Tensor) -> float:
+    """The smallest of the embeddings of `decoded` with those of `reference`, row by row."""
+    found = backbone(stacked(decoded[: len(reference)])).embedding.double().cpu()
+    return float(torch.nn.functional.cosine_similarity(found, reference).min())
 
 
 def stacked(decoded: Sequence[Decoded]) -> torch.Tensor:

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from jobs import job_file
 from jobs.__main__ import app
-from pipeline import versions
+from pipeline import machine, versions
 from pipeline.errors import UsageError
 from pipeline.output import Root
 
@@ -116,8 +116,9 @@ def test_every_verb_shows_a_working_example(verb: str) -> None:
     assert code == 0 and "Example: " in out and verb in out
 
 
-def test_bench_ends_in_a_command_that_runs(shards: Path, tmp_path: Path) -> None:
+def test_bench_ends_in_a_command_that_runs(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each stage has its cost, the trial its rate; `embed` takes the setting as it is printed, in words and as JSON."""
+    monkeypatch.setattr(machine, "cores", lambda: 1)
     asked = ["bench", "--input", shards, "--model", "test_vit", "--seconds", 2, "--actors", 1, "--outputs", "classes"]
     code, out, err = call(*asked, "--json")
     assert code == 0, err

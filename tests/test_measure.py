@@ -95,8 +95,10 @@ def test_a_difference_is_the_pixels_and_the_embeddings(listed: list[Shard]) -> N
             pixels[0] = np.where(pixels[0] < 250, pixels[0] + 2, pixels[0] - 2)
             return decoded._replace(pixels=pixels)
 
-    assert measure.difference(decoder(), images, exact, plain) == (0, 0.0, pytest.approx(1, abs=1e-9))
-    off = measure.difference(Off(made.vector_set().preprocessing), images, exact, plain)
+    reference = measure.embeddings(plain, exact, 9)
+    assert len(reference) == len(exact) == 22 and len(measure.embeddings(plain, exact, 0)) == 2
+    assert measure.difference(decoder(), images, exact, plain, reference) == (0, 0.0, pytest.approx(1, abs=1e-9))
+    off = measure.difference(Off(made.vector_set().preprocessing), images, exact, plain, reference)
     assert (off.largest, off.mean) == (2, pytest.approx(2 / 3)) and 0.9 < off.cosine < 1
 
 
