@@ -133,6 +133,7 @@ class EmbedShards:
             vectors.model,
             Path(job.weights),
             job.adapt,
+            engine=vectors.engine,
             precision=vectors.precision,
             device=job.device,
             classes=bool(vectors.top_k),
@@ -299,6 +300,16 @@ def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[
         raise UsageError(f"--actors {least} with {gpus} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
     if config.feeders > cpus:
         raise UsageError(f"--feeders {config.feeders}: there are {cpus} CPUs, and each takes one")
-    threads = max(1, cpus // max(1, min(most, shards)))
+    threads = _threads_each(cpus, most, shards)
     most = max(1, min(most, todo))
     return (min(least, most), most), gpus, threads
+
+
+def likely_threads(config: RunConfig, shards: int) -> int:
+    """The threads of `size`, before there is a Ray to ask: where memory keeps workers away they become more."""
+    cpus = os.cpu_count() or 1
+    return _threads_each(cpus, config.actors[1] if config.actors else cpus, shards)
+
+
+def _threads_each(cpus: int, most: int, shards: int) -> int:
+    return max(1, cpus // max(1, min(most, shards)))
