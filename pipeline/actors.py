@@ -123,6 +123,8 @@ class EmbedShards:
         self._board, self._name = board, worker_name()
         self._deaths: dict[str, int] = {}
         _asked(board.start.remote(slot, self._name), None)  # first: loading the model may be what kills it
+        # Of its compiler, whose processes would stay beside each worker for what the driver has compiled already.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         import torch
 
         from pipeline.backbone import load_backbone

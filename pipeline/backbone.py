@@ -202,12 +202,24 @@ class Backbone:
 
     @torch.inference_mode()
     def _start_engine(self) -> None:
-        """Makes the engine's body for the batch size of now."""
+        """Makes the engine's body for the batch size of now, or the next half of it that fits the memory."""
         if self._engine == "eager":
             return
         self._pad = True
-        batch = self.normalize(torch.zeros(self.batch_size, *self.preprocessing.input_size, dtype=torch.uint8))
-        self._body = engines.start(self._engine, self._module, self._taps, batch, precision=self._precision)
+        blank = torch.zeros(self.batch_size, *self.preprocessing.input_size, dtype=torch.uint8)
+        try:
+            batch = self.normalize(blank)
+            self._body = engines.start(self._engine, self._module, self._taps, batch, precision=self._precision)
+        except torch.OutOfMemoryError:
+            self._halve()
+            self._start_engine()
+
+    def _halve(self) -> None:
+        """To be called where the batch did not fit; raises that error again where it is a single image."""
+        if self.batch_size == 1:
+            raise
+        self.batch_size //= 2
+        torch.cuda.empty_cache()
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (n, C, H, W) → float32, bit-equal to timm's ToTensor and Normalize."""
@@ -225,10 +237,7 @@ class Backbone:
                 with self._one_pass:
                     parts.append(self._forward(chunk))
             except torch.OutOfMemoryError:
-                if self.batch_size == 1:
-                    raise
-                self.batch_size //= 2
-                torch.cuda.empty_cache()
+                self._halve()
                 self._start_engine()
                 continue
             start += len(chunk)

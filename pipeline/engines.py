@@ -31,6 +31,7 @@ TRACED = 2  # images of the batch that OpenVINO's graph is traced with: one woul
 PROVEN = 2  # different images that an engine is proven with, again and again over a whole batch
 SPOTS = 16  # of random colour a side, smoothly joined: more like a photo than noise is
 TELEMETRY = "openvino_telemetry"
+ADVICE = " Set TORCH"  # with this begins what torch's compiler tells its developers after each error
 
 
 class Bound(NamedTuple):
@@ -61,14 +62,23 @@ def start(engine: str, module: torch.nn.Module, taps: Taps, batch: torch.Tensor,
     """
     if engine == "eager":
         return Eager(taps, batch.device, precision)
+    _check(engine, precision, batch.device.type)
     try:
         run = (Compiled if engine == "compile" else OpenVINO)(module, taps, batch, precision)
         run(batch)
     except (Unavailable, torch.OutOfMemoryError):
         raise
     except Exception as e:  # whatever a compiler raises for a model that it cannot take, or without its tools
-        raise Unavailable(f"{type(e).__name__}: {line(e)}") from e
+        raise Unavailable(f"{type(e).__name__}: {line(e).partition(ADVICE)[0]}") from e
     return run
+
+
+def _check(engine: str, precision: str, device: str) -> None:
+    if engine == "openvino" and device != "cpu":
+        raise Unavailable(f"OpenVINO runs on the CPU here, the device is {device}")
+    if (engine, precision) not in STATED_ERROR:
+        has = ", ".join(p for e, p in STATED_ERROR if e == engine)
+        raise Unavailable(f"it has no {precision}, only {has}")
 
 
 class Eager:
@@ -88,8 +98,9 @@ class Compiled:
     def __init__(self, module: torch.nn.Module, taps: Taps, batch: torch.Tensor, precision: str):
         from pipeline.weights import cache_folder
 
-        # Workers find there what the driver compiled. torch's own place, below /tmp, is anybody's to fill.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+        # Workers find there what the driver compiled. torch's own place, which importing timm fixes in the environment,
+        # lies below /tmp and is anybody's to fill.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA here
         device, dtype = batch.device.type, DTYPES.get(precision)
         Eager(taps, batch.device, precision)(batch[:1])  # ConViT makes a buffer in its first pass
@@ -164,7 +175,7 @@ class _Traced(torch.nn.Module):
 
 def _openvino() -> Any:
     """OpenVINO, without its telemetry: importing it would send an event to Google Analytics and write to the home."""
-    if "openvino" not in sys.modules:
+    if sys.modules.get("openvino") is None:
         before = sys.modules.get(TELEMETRY)
         sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # importing it fails; openvino has a stand-in then
         try:
@@ -199,10 +210,7 @@ def resolve_engine(
     if engine == "eager":
         return engine, ""
     try:
-        if engine == "openvino" and device != "cpu":
-            raise Unavailable(f"OpenVINO runs on the CPU, the device is {device}")
-        if (engine, precision) not in STATED_ERROR:
-            raise Unavailable(f"it has no {precision}: fp32 and bf16 it has")
+        _check(engine, precision, device)
         with _threads(threads):
             _prove(engine, module, STATED_ERROR[engine, precision], precision, device, batch_size, tensors)
     except Unavailable as e:

@@ -144,6 +144,8 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     todo = _todo(root, vectors, shards)
     engine, fallback = config.engine, ""
     if todo:
+        if engine == "compile":
+            say(f"compiling {config.model}: about a minute, the first time")
         engine, fallback = engines.resolve_engine(
             config.engine,
             module,
