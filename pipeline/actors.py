@@ -121,6 +121,8 @@ class EmbedShards:
         self._board, self._name = board, worker_name()
         self._deaths: dict[str, int] = {}
         _asked(board.start.remote(slot, self._name), None)  # first: loading the model may be what kills it
+        # Of its compiler, whose processes would stay beside each worker for what the driver has compiled already.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         import torch
 
         torch.set_num_threads(job.torch_threads)
@@ -288,6 +290,16 @@ def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[
         raise UsageError(f"--actors {least} with {gpus} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
     if config.feeders > cpus:
         raise UsageError(f"--feeders {config.feeders}: there are {cpus} CPUs, and each takes one")
-    threads = max(1, cpus // max(1, min(most, shards)))
+    threads = _threads_each(cpus, most, shards)
     most = max(1, min(most, todo))
     return (min(least, most), most), gpus, threads
+
+
+def likely_threads(config: RunConfig, shards: int) -> int:
+    """The threads of `size`, before there is a Ray to ask: where memory keeps workers away they become more."""
+    cpus = os.cpu_count() or 1
+    return _threads_each(cpus, config.actors[1] if config.actors else cpus, shards)
+
+
+def _threads_each(cpus: int, most: int, shards: int) -> int:
+    return max(1, cpus // max(1, min(most, shards)))

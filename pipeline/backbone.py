@@ -1,7 +1,8 @@
 """The timm model: a batch of uint8 images → embeddings, classes, tokens and feature maps, from one forward pass.
 
-The body runs in the precision asked for, the head, the softmax and the norm always in float32. On CUDA a short batch is
-padded to the full size: one shape, one set of kernels. On the CPU padding only costs (22 % of 50-image shards).
+The body runs in the precision asked for and in the engine asked for (`pipeline.engines`), the head, the softmax and the
+norm always in float32, in torch. On CUDA, and for engines that know one shape only, a short batch is padded to the full
+size. Else padding only costs (22 % of 50-image shards).
 """
 
 import threading
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
+from pipeline import engines
 from pipeline.config import Adapt, TensorColumn
 from pipeline.errors import StorageError, UsageError
-from pipeline.features import Taps, tensor_columns
+from pipeline.features import Body, Taps, tensor_columns
 from pipeline.images import Preprocessing
 from pipeline.storage import read_bytes, redact
 
@@ -26,7 +28,6 @@ CPU_BATCH_PIXELS = CPU_BATCH * 384 * 384  # … and fewer of larger images
 CUDA_BATCHES = (64, 128, 256, 512)
 WORTH_DOUBLING = 1.05  # a larger batch is taken while it gives at least 5 % more images/s
 TRUE_TOP = 5  # accuracy is counted at 1 and at 5, whatever --top-k says
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Vectors(NamedTuple):
@@ -155,7 +156,7 @@ def resolve_precision(precision: str, device: str) -> str:
     if precision != "auto":
         return precision
     if device == "cuda":
-        native = torch.cuda.get_device_capability()[0] >= 8
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if native else "fp32"
@@ -165,14 +166,15 @@ class Backbone:
     """One model on one device. Calls from several threads wait for each other: what hooks see belongs to one pass.
 
     `batch_size` None: found by timing on CUDA, 32 on the CPU (fewer of images above 384x384). A CUDA out-of-memory
-    halves it for good. `pad`: fill short batches up to it; by default on CUDA. `tensors`: the columns to give beside
-    the embedding.
+    halves it for good. `pad`: fill short batches up to it; by default on CUDA, and always where the engine is not
+    `eager`. `tensors`: the columns to give beside the embedding. Raises `engines.Unavailable`.
     """
 
     def __init__(
         self,
         module: torch.nn.Module,
         *,
+        engine: str = "eager",
         precision: str = "fp32",
         device: str = "cpu",
         classes: bool = True,
@@ -184,17 +186,40 @@ class Backbone:
         self.preprocessing = preprocessing_of(module)
         self.device = torch.device(device)
         self._module = module.eval().to(self.device)
-        self._dtype = DTYPES.get(precision)
         self._taps = Taps(self._module, tensors)
         self._one_pass = threading.Lock()
         self._top = max(top_k, TRUE_TOP) if classes else 0
         self._mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, -1, 1, 1)
         self._std = torch.tensor(self.preprocessing.std, device=self.device).view(1, -1, 1, 1)
         self._pad = self.device.type == "cuda" if pad is None else pad
+        self._body: Body = engines.Eager(self._taps, self.device, precision)
         _, height, width = self.preprocessing.input_size
         self.batch_size = batch_size or max(1, min(CPU_BATCH, CPU_BATCH_PIXELS // (height * width)))
         if batch_size is None and self.device.type == "cuda":
             self.batch_size = best_batch_size(self._images_per_s)
+        self._engine, self._precision = engine, precision
+        self._start_engine()
+
+    @torch.inference_mode()
+    def _start_engine(self) -> None:
+        """Makes the engine's body for the batch size of now, or the next half of it that fits the memory."""
+        if self._engine == "eager":
+            return
+        self._pad = True
+        blank = torch.zeros(self.batch_size, *self.preprocessing.input_size, dtype=torch.uint8)
+        try:
+            batch = self.normalize(blank)
+            self._body = engines.start(self._engine, self._module, self._taps, batch, precision=self._precision)
+        except torch.OutOfMemoryError:
+            self._halve()
+            self._start_engine()
+
+    def _halve(self) -> None:
+        """To be called where the batch did not fit; raises that error again where it is a single image."""
+        if self.batch_size == 1:
+            raise
+        self.batch_size //= 2
+        torch.cuda.empty_cache()
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (n, C, H, W) → float32, bit-equal to timm's ToTensor and Normalize."""
@@ -212,10 +237,8 @@ class Backbone:
                 with self._one_pass:
                     parts.append(self._forward(chunk))
             except torch.OutOfMemoryError:
-                if self.batch_size == 1:
-                    raise
-                self.batch_size //= 2
-                torch.cuda.empty_cache()
+                self._halve()
+                self._start_engine()
                 continue
             start += len(chunk)
         return parts[0] if len(parts) == 1 else _joined(parts)
@@ -226,15 +249,15 @@ class Backbone:
         if self._pad and n < self.batch_size:
             images = torch.cat([images, images.new_zeros(self.batch_size - n, *images.shape[1:])])
         x = self.normalize(images)
-        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
-            body = self._taps.body(x)
+        body, caught = self._body(x)
         body = _float32(body)
         embedding = self._module.forward_head(body, pre_logits=True).flatten(1)[:n]  # type: ignore[operator]
         norm = torch.linalg.vector_norm(embedding, dim=1)
         if not self._top and not self._taps.of_the_heads:
-            return Vectors(embedding, norm, None, None, self._taps.columns(body, n))
-        logits = self._taps.logits(body)[:n]
-        columns = self._taps.columns(body, n)
+            return Vectors(embedding, norm, None, None, self._taps.columns(body, caught, n))
+        logits, of_heads = self._taps.logits(body)
+        logits = logits[:n]
+        columns = self._taps.columns(body, caught | of_heads, n)
         if not self._top:
             return Vectors(embedding, norm, None, None, columns)
         # torch.topk leaves the order of equal scores open; a stable sort gives them by index.

@@ -62,6 +62,7 @@ def backbone_of(job: Job) -> Backbone:
         vectors.model,
         Path(job.weights),
         job.adapt,
+        engine=vectors.engine,
         precision=vectors.precision,
         device=job.device,
         classes=bool(vectors.top_k),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import actors, backbone, versions, weights
+from pipeline import actors, backbone, engines, versions, weights
 from pipeline.config import RunConfig, VectorSet
 from pipeline.embed import Job, Receipt
 from pipeline.errors import StorageError, UsageError
@@ -39,6 +39,7 @@ class Run:
     shards: list[Shard]
     before: int  # the version that was current when the shards were listed; 0 where there was none
     vectors: VectorSet
+    engine_fallback: str  # why the engine is not the one asked for; "" where it is
     labels: tuple[str, ...]
     module: Any  # the torch module, weights loaded
     device: str
@@ -68,7 +69,7 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
 
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
     """
-    run = plan(config)
+    run = plan(config, say)
     if config.dry_run:
         say(_describe(run))
         return Result(COMMITTED, "dry run: nothing was read or written", _dry(run))
@@ -105,8 +106,11 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
     return replace(ended, json=state.result)
 
 
-def plan(config: RunConfig) -> Run:
-    """Lists the input, loads the model, and compares with what the output has. Reads no shard, writes nothing."""
+def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
+    """Lists the input, loads the model, and compares with what the output has. Reads no shard, writes nothing there.
+
+    Where there is work, the engine is proven on the model first; `say` hears of what it cannot do.
+    """
     started = time.monotonic()
     root = versions.open_output(config.output)
     before = versions.read_version(root)
@@ -116,8 +120,24 @@ def plan(config: RunConfig) -> Run:
         raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
     module = weights.load_module(config.model, config.weights, config.adapt)
     vectors, labels = vector_set(config, module, device)
-    done = versions.done(root, vectors.folder)
-    todo = [s for s in shards if versions.file_name(vectors.folder, "embeddings", s.name, s.etag) not in done]
+    todo = _todo(root, vectors, shards)
+    engine, fallback = config.engine, ""
+    if todo:
+        if engine == "compile":
+            say(f"compiling {config.model}: about a minute, the first time")
+        engine, fallback = engines.resolve_engine(
+            config.engine,
+            module,
+            precision=vectors.precision,
+            device=device,
+            batch_size=config.batch_size,
+            threads=actors.likely_threads(config, len(shards)),
+            tensors=vectors.tensors,
+        )
+    if fallback:
+        say(fallback)
+        vectors = replace(vectors, engine=engine)
+        todo = _todo(root, vectors, shards)
     check_columns(todo, config.columns)
     return Run(
         config=config,
@@ -125,6 +145,7 @@ def plan(config: RunConfig) -> Run:
         shards=shards,
         before=before.version if before else 0,
         vectors=vectors,
+        engine_fallback=fallback,
         labels=labels,
         module=module,
         device=device,
@@ -132,6 +153,11 @@ def plan(config: RunConfig) -> Run:
         removed=versions.removed(root, before, vectors.name, {s.name for s in shards}),
         started=started,
     )
+
+
+def _todo(root: Root, vectors: VectorSet, shards: Sequence[Shard]) -> list[Shard]:
+    done = versions.done(root, vectors.folder)
+    return [s for s in shards if versions.file_name(vectors.folder, "embeddings", s.name, s.etag) not in done]
 
 
 def _list(config: RunConfig, root: Root) -> list[Shard]:
@@ -253,6 +279,7 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
         accuracy |= hits
     return {
         "set": run.vectors.name,
+        **_engine(run),
         "version": version.version if version else None,
         "output": run.root.url,
         "shards": len(run.shards),
@@ -291,15 +318,21 @@ def _describe(run: Run) -> str:
     columns = ", ".join(f"{f.column} {'+'.join('x'.join(map(str, s)) for s in f.shapes)}" for f in vectors.tensors)
     what = f"{vectors.dim}-d embeddings" if "embedding" in vectors.outputs else "metrics only"
     return (
-        f"{vectors.name}: {what}{f', {columns}' if columns else ''}, {vectors.precision} on {run.device}; "
+        f"{vectors.name}: {what}{f', {columns}' if columns else ''}, "
+        f"{vectors.precision} on {run.device} ({vectors.engine}); "
         f"{count} shards, {len(run.todo)} to embed, {count - len(run.todo)} unchanged, {len(run.removed)} removed"
     )
+
+
+def _engine(run: Run) -> dict[str, Any]:
+    return {"engine": run.vectors.engine, "engine_fallback": run.engine_fallback or None}
 
 
 def _dry(run: Run) -> dict[str, Any]:
     return {
         "dry_run": True,
         "set": run.vectors.name,
+        **_engine(run),
         "output": run.root.url,
         "shards": len(run.shards),
         "shards_to_embed": len(run.todo),

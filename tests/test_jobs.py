@@ -71,7 +71,7 @@ WRONG = {
     "no size": (["--image-size", "large"], "--image-size large: must be H or HxW"),
     "bad indices": (["--feature-indices", "0;2"], "--feature-indices 0;2: must be whole numbers"),
     "channels": (["--in-chans", "2"], "images of 2 channels"),
-    "engine": (["--engine", "compile"], "--engine compile is not available yet"),
+    "engine": (["--engine", "onnx"], "--engine onnx: choose one of eager, compile, openvino"),
     "decode": (["--decode", "cuda"], "--decode cuda is not available yet"),
     "cluster": (["--ray-address", "auto"], "--ray-address auto is not available yet"),
 }
