@@ -28,11 +28,12 @@ from pipeline.flow import ByteBudget, Flow
 from pipeline.images import Decoded, Decoder
 from pipeline.isolation import IsolatedDecoder
 from pipeline.listing import Shard
+from pipeline.lists import ShardFiles
 from pipeline.output import Root
 from pipeline.rows import NotFinite, ShardWriter
 from pipeline.shards import Sample, read_samples
 from pipeline.storage import is_local, is_unchanged, redact, resolve
-from pipeline.versions import ShardFiles, publish, published
+from pipeline.versions import publish, published
 
 LOOKAHEAD_BATCHES = 2  # decoded images that wait: one batch being filled, one ready …
 DECODED_BYTES = 256 * 2**20  # … and fewer of large ones
