@@ -124,13 +124,13 @@ def flow(
     from listed_store import ListedStore, receipt_of
 
     from pipeline import versions
+    from pipeline.actors import BOARD_SHARDS
     from pipeline.garbage import collect_garbage
     from pipeline.journal import Journal
     from pipeline.listing import list_shards
     from pipeline.lists import FileList
     from pipeline.output import Root
     from pipeline.progress import Sums
-    from pipeline.run import WAVE_SHARDS
 
     folder, name, root = ListedStore.folder, ListedStore.folder.partition("/")[2], Root(target)
     root.put_new(f"{folder}/set.json", b"{}")
@@ -161,9 +161,9 @@ def flow(
     with steps("list, plan: all to do"):
         shards, todo, _ = plan()
     assert todo == shards
-    with steps(f"pickle waves of {WAVE_SHARDS:,}"):
-        for at in range(0, len(todo), WAVE_SHARDS):
-            pickled = [pickle.dumps(s) for s in todo[at : at + WAVE_SHARDS]]
+    with steps(f"pickled for the board, {BOARD_SHARDS:,} at once"):
+        for at in range(0, len(todo), BOARD_SHARDS):
+            pickled = [pickle.dumps(s) for s in todo[at : at + BOARD_SHARDS]]
         del pickled
     early, late = todo[: int(len(todo) * RESUMED)], todo[int(len(todo) * RESUMED) :]
     with steps("receive 99 % of the receipts"):

@@ -1,4 +1,4 @@
-"""The Ray adapters: a local Ray, the actor that embeds shards, and the board on which actors say what they are at."""
+"""The Ray adapters: a local Ray, the actors that embed shards, and the pool of them that takes its work off a board."""
 
 import io
 import logging
@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,15 @@ if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-import ray.data
-from ray.data import ActorPoolStrategy, DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.board import Board, Told
 from pipeline.config import RunConfig
 from pipeline.embed import Embedder, Job, Receipt, worker_name
 from pipeline.errors import UsageError
+from pipeline.feed import LocalFeed
 from pipeline.listing import Shard
 
-DATA_SETTINGS = {
-    "enable_progress_bars": False,
-    "execution_no_progress_timeout_s": -1,  # our own watchdog sees inside a shard, Ray's does not
-    "target_max_block_size": 1,  # bytes: each receipt is a block of its own and comes at once
-}
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it
 # One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
 # has a model and an interpreter of its own; 3 GB leave room beside pit_b's whole run of two, 4.8 GB with the driver.
@@ -49,8 +44,8 @@ CPU_ACTOR_BYTES = 3 * 2**30
 RESTARTS = -1
 MAX_FALSE_STARTS = 4
 TICK_S = 1.0
-SHARDS_A_CALL = 8  # several, so that reading goes on over shard ends; few, so that a lost actor repeats little
-CALLS_AN_ACTOR = 4  # at least so many, so that the last ones even out
+BOARD_SHARDS = 10_000  # that wait on the board at most, some 5 MB
+ENDING_S = 10.0  # for workers that have nothing more to do
 BOARD_TIMEOUT_S = 5.0
 
 
@@ -58,8 +53,6 @@ BOARD_TIMEOUT_S = 5.0
 def local_ray() -> Iterator[None]:
     """A Ray of this machine alone, quiet; one that runs in this process already is used, and left running."""
     ours = not ray.is_initialized()
-    context = DataContext.get_current()
-    before = {name: getattr(context, name) for name in DATA_SETTINGS}
     terminated = signal.getsignal(signal.SIGTERM)
     # Ray reports dead workers on stdout, which belongs to results; the run says so itself.
     with _native_stderr_silenced(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
@@ -71,15 +64,12 @@ def local_ray() -> Iterator[None]:
         finally:
             if ours:
                 ray.shutdown()
-            for name, value in before.items():
-                setattr(context, name, value)
 
 
 def start_ray() -> None:
-    """Starts Ray unless it runs here already, and sets what our one flow needs of Ray Data."""
+    """Starts Ray unless it runs here already."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\..*")
-    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     if not ray.is_initialized():
         # The workers import the checkout or the installation that this process runs from.
         home = str(Path(__file__).resolve().parent.parent)
@@ -92,10 +82,6 @@ def start_ray() -> None:
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
-    for name, value in DATA_SETTINGS.items():
-        setattr(DataContext.get_current(), name, value)
-    for logger in ("ray.data", "ray.data._internal.execution"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -128,52 +114,13 @@ def _native_stderr_silenced() -> Iterator[None]:
         os.close(kept)
 
 
-class Board:
-    """What each worker is at, and which shards it has under way; a Ray actor, since workers live in other processes.
-
-    A worker is a process: one that was started again is another. So who began a shard and did not end it is dead.
-    """
-
-    def __init__(self) -> None:
-        self._said: dict[str, dict[str, Any]] = {}
-        self._started: set[str] = set()
-        self._dead: set[str] = set()
-        self._under_way: dict[str, set[str]] = {}  # shard → workers
-
-    def start(self, who: str) -> None:
-        self._started.add(who)
-
-    def say(self, who: str, activity: dict[str, Any]) -> None:
-        self._said[who] = activity
-
-    def begin(self, who: str, shard: str) -> int:
-        """How many others began the shard and did not end it."""
-        dead = self._under_way.setdefault(shard, set()) - {who}
-        self._under_way[shard].add(who)
-        self._dead |= dead
-        return len(dead)
-
-    def end(self, shard: str) -> None:
-        self._under_way.pop(shard, None)
-
-    def read(self) -> tuple[int, int, dict[str, dict[str, Any]]]:
-        """Workers started, how many of them got ready, and what those say that are not known to be dead."""
-        alive = {who: activity for who, activity in self._said.items() if who not in self._dead}
-        return len(self._started), len(self._said), alive
-
-
-def make_board() -> Any:
-    """On this node, which lives as long as the run."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(num_cpus=0, max_restarts=RESTARTS, scheduling_strategy=here)(Board).remote()
-
-
 class EmbedShards:
-    """Ray Data's callable: a batch of pickled shards in, a pickled receipt out for each as it is published."""
+    """The worker: takes shards off the board until that is over."""
 
-    def __init__(self, job: Job, board: Any):
+    def __init__(self, job: Job, board: Any, slot: int):
         self._board, self._name = board, worker_name()
-        _asked(board.start.remote(self._name), None)  # first: loading the model may be what kills it
+        self._deaths: dict[str, int] = {}
+        _asked(board.start.remote(slot, self._name), None)  # first: loading the model may be what kills it
         import torch
 
         from pipeline.backbone import load_backbone
@@ -191,27 +138,111 @@ class EmbedShards:
             batch_size=job.batch_size,
             tensors=vectors.tensors,
         )
-        self._embedder = Embedder(job, backbone, self._deaths)
+        feed = LocalFeed(vectors, job.decode_threads, backbone.batch_size, lambda shard: self._deaths.pop(shard, 0))
+        self._embedder = Embedder(job, backbone, feed)
         threading.Thread(target=self._tick, daemon=True).start()
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
-        for receipt in self._embedder([pickle.loads(shard) for shard in batch["shard"]]):
-            self._board.end.remote(receipt.shard)
-            yield {"receipt": [pickle.dumps(receipt)]}
+    def run(self) -> None:
+        self._embedder(self._shards(), self._done)
 
-    def _deaths(self, shard: str) -> int:
-        return int(_asked(self._board.begin.remote(self._name, shard), 0))
+    def _shards(self) -> Iterator[Shard | None]:
+        while True:
+            lent = _asked(self._board.take.remote(self._name), False)
+            if lent is True:
+                return
+            if lent is False:
+                yield None
+            else:
+                shard = pickle.loads(lent[0])
+                self._deaths[shard.name] = lent[1]
+                yield shard
+
+    def _done(self, receipt: Receipt) -> None:
+        self._board.done.remote(receipt.shard, pickle.dumps(receipt))
 
     def _tick(self) -> None:
         while True:
-            self._board.say.remote(self._name, asdict(self._embedder.activity))
+            self._board.say.remote(self._name, self._embedder.activity.said())
             time.sleep(TICK_S)
 
 
-def read_board(board: Any) -> tuple[int, int, dict[str, dict[str, Any]]]:
-    """What `Board.read` gives; nothing while the board is not up or out of reach."""
-    started, ready, said = _asked(board.read.remote(), (0, 0, {}))
-    return int(started), int(ready), dict(said)
+@dataclass
+class News:
+    """What has happened since the driver looked last."""
+
+    receipts: list[Receipt]
+    started: int = 0
+    ready: int = 0
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Pool:
+    """Actors that embed the shards of a board: a context that ends them. `read` tells what came of it."""
+
+    def __init__(self, job: Job, shards: Sequence[Shard], actors: int, gpus: float):
+        """`gpus`: of each actor; it may be a fraction."""
+        self._shards, self._given = shards, 0
+        self._open = {shard.name for shard in shards}
+        self._board = ray.remote(num_cpus=0, max_restarts=RESTARTS, scheduling_strategy=_here())(Board).remote()
+        self._epoch, self._taken_in = "", 0
+        cpus = ray.cluster_resources().get("CPU", 1.0) / (actors + 1)  # room for what else runs on Ray
+        worker = ray.remote(
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+            scheduling_strategy="SPREAD",
+        )(EmbedShards)
+        self._actors = [worker.remote(job, self._board, slot) for slot in range(actors)]
+        self._runs = [actor.run.remote() for actor in self._actors]
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an error the workers are killed; else they end by themselves, which leaves no scratch file."""
+        if kind is None:
+            self._board.end.remote()
+            ray.wait(self._runs, num_returns=len(self._runs), timeout=ENDING_S)
+        for actor in (*self._actors, self._board):
+            ray.kill(actor)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._open
+
+    def read(self) -> News:
+        """Receipts, one a shard, and how the workers are. Raises what ended a worker for good."""
+        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        for run in ended:
+            ray.get(run)
+        told: Told | None = _asked(self._board.read.remote(self._epoch, self._taken_in), None)
+        if told is None:  # not up yet, or again
+            return News([])
+        if told.epoch != self._epoch:
+            self._epoch, self._taken_in, self._given = told.epoch, 0, 0
+        self._taken_in += len(told.receipts)
+        receipts = [pickle.loads(r) for r in told.receipts]
+        receipts = [r for r in receipts if r.shard in self._open]
+        self._open -= {r.shard for r in receipts}
+        if told.waiting < BOARD_SHARDS // 2:
+            self._give(BOARD_SHARDS - told.waiting)
+        return News(receipts, told.started, told.ready, told.said)
+
+    def _give(self, count: int) -> None:
+        more: list[tuple[str, bytes]] = []
+        while self._given < len(self._shards) and len(more) < count:
+            shard = self._shards[self._given]
+            self._given += 1
+            if shard.name in self._open:
+                more.append((shard.name, pickle.dumps(shard)))
+        if more:
+            self._board.add.remote(more)
+
+
+def _here() -> Any:
+    """On this node, which lives as long as the run."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def kill(workers: Iterable[str]) -> None:
@@ -240,7 +271,7 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
 
 
-def pool(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[int, int], float, int]:
+def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[int, int], float, int]:
     """(least, most) actors, GPUs of each, threads of each, on this machine.
 
     Threads go by all shards of the listing, not by those to do: a resumed run computes with as many as the first, so
@@ -259,29 +290,3 @@ def pool(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[
     threads = max(1, cpus // max(1, min(most, shards)))
     most = max(1, min(most, todo))
     return (min(least, most), most), gpus, threads
-
-
-def embed_on_ray(
-    job: Job, shards: Sequence[Shard], board: Any, actors: tuple[int, int], gpus: float
-) -> Iterator[Receipt]:
-    """Receipts as they come: shards → actor pool → receipts. Vectors never pass through here."""
-    cpus = ray.cluster_resources().get("CPU", 1.0) / (actors[1] + 1)  # actors that take all CPUs starve Ray's own
-    a_call = max(1, min(SHARDS_A_CALL, len(shards) // (actors[1] * CALLS_AN_ACTOR)))
-    receipts = (
-        ray.data.from_items([{"shard": pickle.dumps(s)} for s in shards], override_num_blocks=-(-len(shards) // a_call))
-        .map_batches(
-            EmbedShards,
-            fn_constructor_kwargs={"job": job, "board": board},
-            compute=ActorPoolStrategy(min_size=actors[0], max_size=actors[1], initial_size=actors[1]),
-            batch_size=a_call,
-            num_cpus=cpus,
-            num_gpus=gpus or None,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-        )
-        # Without prefetching, which would hold each receipt back until the next one is there.
-        .iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
-    )
-    for batch in receipts:
-        for receipt in batch["receipt"]:
-            yield pickle.loads(receipt)

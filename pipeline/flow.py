@@ -51,6 +51,11 @@ class Flow:
         if self._stopping.is_set():
             raise Stopped
 
+    def pause(self, seconds: float) -> None:
+        """Waits so long, or until the flow ends."""
+        self._stopping.wait(seconds)
+        self.check()
+
     def put(self, target: "queue.Queue[Any]", item: object) -> None:
         while True:
             self.check()

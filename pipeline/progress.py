@@ -45,21 +45,21 @@ class State:
 
     def __post_init__(self) -> None:
         self._rows = self._rejected = 0  # of finished shards
-        self._finished: dict[str, str] = {}  # worker → its last finished shard
+        self._finished: set[str] = set()
 
     def see(self, said: dict[str, dict[str, Any]]) -> None:
-        """What is under way, as each worker says it, on top of what is finished; a second old, so it only goes up.
-
-        A worker with nothing more to do goes on saying what it did last.
-        """
-        activities = [a for worker, a in said.items() if self._finished.get(worker) != a["shard"]]
-        self.images = max(self.images, self._rows + sum(a["images"] for a in activities))
-        self.rejects = max(self.rejects, self._rejected + sum(a["rejects"] for a in activities))
+        """What is under way, as each worker says it, on top of what is finished; a second old, so it only goes up."""
+        under_way: dict[str, tuple[int, int]] = {}
+        for activity in said.values():  # two workers may have one shard, where one of them was silent
+            under_way |= {s: max(n, under_way.get(s, (0, 0))) for s, n in activity["under_way"].items()}
+        counts = [n for shard, n in under_way.items() if shard not in self._finished]
+        self.images = max(self.images, self._rows + sum(images for images, _ in counts))
+        self.rejects = max(self.rejects, self._rejected + sum(rejects for _, rejects in counts))
 
     def finish(self, receipt: Receipt) -> None:
         """One shard more, with its exact counts."""
         self.shards_done += 1
-        self._finished[receipt.worker] = receipt.shard
+        self._finished.add(receipt.shard)
         if receipt.files and receipt.embedded:
             self._rows += receipt.files.counts.rows
             self._rejected += receipt.files.counts.rejected

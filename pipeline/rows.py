@@ -189,6 +189,9 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         for writer in (self._writer, *self._beside.values()):
             with suppress(OSError, pa.ArrowException):  # on a full disk it fails again; the first error is under way
                 writer.close()

@@ -20,7 +20,6 @@ from pipeline.progress import Display, Note, State, Sums
 from pipeline.storage import digest, redact
 from pipeline.watch import Failed, Stalled, watch
 
-WAVE_SHARDS = 10_000  # Ray plans a wave at a time: 20,000 tasks cost it 30 s before the first block
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
 COMMITTED, FAILED, REFUSED, STALLED, INTERRUPTED = 0, 1, 3, 4, 130
 ENDS = {COMMITTED: "committed", FAILED: "failed", REFUSED: "refused", STALLED: "stalled", INTERRUPTED: "interrupted"}
@@ -191,11 +190,11 @@ def _labels(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], 
 
 
 def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
-    """Embeds what is to do, in waves, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
+    """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
     with actors.local_ray():
-        pool, gpus, run.threads = actors.pool(run.config, run.device, len(run.shards), len(run.todo))
+        size, gpus, run.threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
         job = Job(
             vectors=run.vectors,
             labels=run.labels,
@@ -207,18 +206,15 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             decode_threads=run.threads,
             torch_threads=run.threads,
         )
-        with Display(state) as display:
-            for start in range(0, len(run.todo), WAVE_SHARDS):
-                board = actors.make_board()
-                coming = actors.embed_on_ray(job, run.todo[start : start + WAVE_SHARDS], board, pool, gpus)
-                for receipt in watch(coming, board, pool, state, display, run.config.stall_timeout_s, say):
-                    run.sums.add(receipt)
-                    if receipt.files:
-                        run.journal.add(receipt.files)
-                    if receipt.error:
-                        run.failed.append(receipt)
-                        say(f"shard {receipt.shard} failed: {receipt.error}")
-                    _check_failures(run)
+        with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
+            for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
+                run.sums.add(receipt)
+                if receipt.files:
+                    run.journal.add(receipt.files)
+                if receipt.error:
+                    run.failed.append(receipt)
+                    say(f"shard {receipt.shard} failed: {receipt.error}")
+                _check_failures(run)
     _check_failures(run, finished=True)
 
 

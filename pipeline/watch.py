@@ -1,8 +1,6 @@
 """Watches the receipts of a run come in: shows progress, tells of dead workers, and ends what stands still."""
 
-import queue
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +10,7 @@ from pipeline.embed import Receipt
 from pipeline.progress import Display, State
 
 POLL_S = 0.5
-Activity = dict[str, Any]  # what a worker says that it is at: embed.Activity's fields
+Activity = dict[str, Any]  # what a worker says that it is at: `embed.Activity.said`
 
 
 class Stalled(Exception):
@@ -24,55 +22,30 @@ class Failed(Exception):
 
 
 def watch(
-    receipts: Iterator[Receipt],
-    board: Any,
-    pool: tuple[int, int],
+    pool: "actors.Pool",
+    size: tuple[int, int],
     state: State,
     display: Display,
     stall_timeout_s: float,
     say: Callable[[str], None],
 ) -> Iterator[Receipt]:
-    """The same receipts, while progress is shown; raises `Stalled` when nothing moves, `Failed` when Ray gives up."""
-    arrived = _arriving(receipts)
-    workers, moves = _Workers(pool, say), _Moves(stall_timeout_s)
-    looked_at = -POLL_S
-    while True:
+    """The pool's receipts, while progress is shown; raises `Stalled` when nothing moves, `Failed` when Ray gives up."""
+    workers, moves = _Workers(size, say), _Moves(stall_timeout_s)
+    while not pool.is_done:
         try:
-            item = arrived.get(timeout=POLL_S)
-        except queue.Empty:
-            item = ()
-        if isinstance(item, Receipt):
-            state.finish(item)
-            yield item
-            if time.monotonic() - looked_at < POLL_S:
-                continue
-        looked_at = time.monotonic()
-        started, ready, said = actors.read_board(board)
-        state.see(said)
-        workers.see(started, ready)
+            news = pool.read()
+        except Exception as e:  # whatever Ray raises of a worker ends the run as a failure, with its message
+            raise Failed(f"the workers failed: {actors.cause(e)}") from e
+        for receipt in news.receipts:
+            state.finish(receipt)
+            yield receipt
+        state.see(news.said)
+        workers.see(news.started, news.ready)
         display.show()
-        if item is None:
-            state.settle()
-            return
-        if isinstance(item, Exception):
-            raise Failed(f"the workers failed: {actors.cause(item)}") from item
-        moves.see(state.shards_done, said)
-
-
-def _arriving(receipts: Iterator[Receipt]) -> "queue.Queue[Any]":
-    """The receipts, then None, or the exception that ended them."""
-    arrived: queue.Queue[Any] = queue.Queue()
-
-    def drain() -> None:
-        try:
-            for receipt in receipts:
-                arrived.put(receipt)
-            arrived.put(None)
-        except Exception as e:  # whatever Ray raises in its own thread ends the run as a failure, with its message
-            arrived.put(e)
-
-    threading.Thread(target=drain, daemon=True).start()
-    return arrived
+        moves.see(state.shards_done, news.said)
+        if not news.receipts:
+            time.sleep(POLL_S)
+    state.settle()
 
 
 class _Workers:

@@ -139,7 +139,7 @@ def kill_all(run: "subprocess.Popen[str]") -> None:
     run.communicate()
 
 
-def workers_of(pid: int, name: str = "ray::MapWorker") -> list[int]:
+def workers_of(pid: int, name: str = "ray::EmbedShards") -> list[int]:
     """The processes that Ray calls so below this one."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):

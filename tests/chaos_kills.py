@@ -70,7 +70,7 @@ def workers(folder: Path, rng: random.Random, kills: int) -> Score:
         run = job.start("--actors", 2)
         while run.poll() is None and score.abuses < kills:
             time.sleep(rng.uniform(1, UP_S))
-            name = "ray::Board" if rng.random() < 0.15 else "ray::MapWorker"
+            name = "ray::Board" if rng.random() < 0.15 else "ray::EmbedShards"
             if found := workers_of(run.pid, name):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rng.choice(found), signal.SIGKILL)

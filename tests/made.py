@@ -1,6 +1,6 @@
 """A job for tests that need no Ray: a tiny set, its backbone, and one call from shards to receipts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import oracle
@@ -8,6 +8,7 @@ import oracle
 from pipeline.backbone import Backbone, facts_of
 from pipeline.config import Adapt, VectorSet
 from pipeline.embed import Embedder, Job, Receipt
+from pipeline.feed import LocalFeed
 from pipeline.listing import Shard, list_shards
 
 MODEL = "test_vit"
@@ -65,9 +66,18 @@ def embedder(job: Job, *, deaths: Callable[[str], int] = lambda shard: 0, **sett
         "classes": bool(vectors.top_k),
         "tensors": vectors.tensors,
     } | settings
-    return Embedder(job, Backbone(oracle.module(vectors.model), **settings), deaths)  # type: ignore[arg-type]
+    backbone = Backbone(oracle.module(vectors.model), **settings)  # type: ignore[arg-type]
+    return Embedder(job, backbone, LocalFeed(vectors, job.decode_threads, backbone.batch_size, deaths))
+
+
+def receipts(embedder: Embedder, shards: Sequence[Shard]) -> list[Receipt]:
+    """One a shard, in their order."""
+    done: list[Receipt] = []
+    embedder(shards, done.append)
+    order = [s.name for s in shards]
+    return sorted(done, key=lambda r: order.index(r.shard))
 
 
 def embed(job: Job, shards: list[Shard] | Path) -> list[Receipt]:
     listed = list_shards([str(shards)]) if isinstance(shards, Path) else shards
-    return list(embedder(job)(listed))
+    return receipts(embedder(job), listed)

@@ -1,10 +1,12 @@
 """The inner pipeline: every sample once, in order, whatever goes wrong around it."""
 
+import itertools
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +20,12 @@ from containers import write_parquet, write_tar
 from pictures import jpeg
 
 from pipeline import embed as embed_module
+from pipeline import feed as feed_module
 from pipeline.columns import Columns
 from pipeline.embed import Receipt
+from pipeline.feed import Fed
 from pipeline.flow import ByteBudget, Flow
-from pipeline.listing import list_shards
+from pipeline.listing import Shard, list_shards
 from pipeline.output import Root
 from pipeline.shards import read_samples
 from pipeline.versions import file_name, open_dataset, published
@@ -95,7 +99,7 @@ def test_an_embedder_is_used_again_and_finds_its_own_work(shards: Path, tmp_path
     """A second call on the same shards embeds nothing and gives receipts of the files that are there."""
     listed = list_shards([str(shards)])
     embedder = made.embedder(made.job(tmp_path))
-    first, second = list(embedder(listed)), list(embedder(listed))
+    first, second = made.receipts(embedder, listed), made.receipts(embedder, listed)
     assert [r.files for r in first] == [r.files for r in second]
     assert not any(r.embedded for r in second)
 
@@ -140,7 +144,7 @@ def test_a_model_that_gives_nan_fails_its_shard(tmp_path: Path) -> None:
     embedder = made.embedder(made.job(tmp_path / "out"))
     with torch.no_grad():
         next(embedder.backbone._module.parameters()).fill_(float("nan"))
-    (receipt,) = embedder(list_shards([str(tmp_path / "in")]))
+    (receipt,) = made.receipts(embedder, list_shards([str(tmp_path / "in")]))
     assert receipt.files is None
     assert "x/a" in receipt.error and "--precision fp32" in receipt.error
 
@@ -151,7 +155,7 @@ def test_our_own_defect_is_raised_and_leaves_nothing(tmp_path: Path, shards: Pat
     embedder.backbone._module.forward_features = lambda x: 1 / 0
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError):
-        list(embedder(list_shards([str(shards)])))
+        made.receipts(embedder, list_shards([str(shards)]))
     assert threading.active_count() == before
     assert not list((tmp_path / ".tmp").iterdir())
 
@@ -160,11 +164,50 @@ def test_a_receipt_comes_before_the_next_shard_is_done(tmp_path: Path) -> None:
     """Receipts stream: the first is there while a later shard is still to be read."""
     for name in "abcdefgh":
         write_tar(tmp_path / "in" / f"{name}.tar", {f"{i}.jpg": jpeg(seed=i) for i in range(9)})
-    stream = made.embedder(made.job(tmp_path / "out", batch_size=2))(list_shards([str(tmp_path / "in")]))
-    first = next(stream)
-    done = list((tmp_path / "out").rglob("embeddings/*.parquet"))
-    assert first.shard == "a" and len(done) < 8
-    assert [r.shard for r in stream] == list("bcdefgh")
+    there: dict[str, int] = {}
+
+    def done(receipt: Receipt) -> None:
+        there[receipt.shard] = len(list((tmp_path / "out").rglob("embeddings/*.parquet")))
+
+    made.embedder(made.job(tmp_path / "out", batch_size=2))(list_shards([str(tmp_path / "in")]), done)
+    assert list(there) == list("abcdefgh") and there["a"] < 8
+
+
+def test_there_may_be_no_shard_for_now(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedder asks again; meanwhile what it has is finished, and an error of its own still ends it."""
+    monkeypatch.setattr("pipeline.feed.NOTHING_S", 0.01)
+    listed, seen = list_shards([str(shards)]), list[str]()
+
+    def hesitant() -> Iterator[Shard | None]:
+        for shard in listed:
+            yield shard
+            while shard.name not in seen:
+                yield None
+
+    made.embedder(made.job(tmp_path))(hesitant(), lambda receipt: seen.append(receipt.shard))
+    assert seen == [s.name for s in listed]
+    broken = made.embedder(made.job(tmp_path / "other"))
+    broken.backbone._module.forward_features = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        broken(itertools.chain(listed[:1], itertools.repeat(None)), seen.append)  # type: ignore[arg-type]
+
+
+def test_shards_that_come_interleaved_are_the_same_files(tmp_path: Path, shards: Path) -> None:
+    """A feed may have several shards under way: each keeps its own order, batches and rows, to the bit."""
+    listed = list_shards([str(shards)])
+    want = rows(made.embed(made.job(tmp_path / "a"), listed), tmp_path / "a")
+    embedder = made.embedder(made.job(tmp_path / "b"))
+    feed = embedder._feed
+
+    def interleaved(
+        shards: Iterable[Shard | None], flow: Flow, at: Callable[[str, str], None]
+    ) -> Generator[Fed, None, None]:
+        fed = list(feed(shards, flow, at))
+        parts = [[f for f in fed if f.shard.name == s.name] for s in listed]
+        yield from (f for several in itertools.zip_longest(*parts) for f in several if f is not None)
+
+    embedder._feed = interleaved
+    assert rows(made.receipts(embedder, listed), tmp_path / "b") == want
 
 
 def test_two_writers_of_one_shard_publish_it_once(tmp_path: Path, shards: Path) -> None:
@@ -233,15 +276,15 @@ def test_the_reader_does_not_run_away(tmp_path: Path, monkeypatch: pytest.Monkey
     write_tar(tmp_path / "in" / "x.tar", {f"{i}.jpg": jpeg(32, 32, seed=i % 3) for i in range(200)})
     read = []
     monkeypatch.setattr(
-        embed_module, "read_samples", lambda shard: (read.append(s.row) or s for s in read_samples(shard))
+        feed_module, "read_samples", lambda shard: (read.append(s.row) or s for s in read_samples(shard))
     )
     embedder = made.embedder(made.job(tmp_path / "out", batch_size=4))
     seen = []
     original = embedder.backbone._module.forward_features
     embedder.backbone._module.forward_features = lambda x: seen.append(len(read)) or time.sleep(0.02) or original(x)
-    list(embedder(list_shards([str(tmp_path / "in")])))
+    made.receipts(embedder, list_shards([str(tmp_path / "in")]))
     ahead = [n - 4 * i for i, n in enumerate(seen)]
-    assert max(ahead) <= 4 + 4 * embed_module.LOOKAHEAD_BATCHES + 2
+    assert max(ahead) <= 4 + 4 * feed_module.LOOKAHEAD_BATCHES + 2
 
 
 def test_several_epochs_of_a_job_read_back_as_one_dataset(tmp_path: Path, shards: Path) -> None:
@@ -293,9 +336,9 @@ def test_a_shard_that_took_a_worker_down_has_the_same_files(tmp_path: Path, shar
     """Its images are decoded in processes apart, call after call; after too many deaths it is left, and says why."""
     plain, apart = made.job(tmp_path / "a"), made.job(tmp_path / "b")
     want = rows(made.embed(plain, shards), tmp_path / "a")
-    deaths = {"a/one": 1, "a/two": embed_module.MAX_DEATHS - 1, "three": embed_module.MAX_DEATHS}
+    deaths = {"a/one": 1, "a/two": feed_module.MAX_DEATHS - 1, "three": feed_module.MAX_DEATHS}
     embedder = made.embedder(apart, deaths=lambda shard: deaths[shard])
-    one, two, three = (r for shard in list_shards([str(shards)]) for r in embedder([shard]))
+    one, two, three = (r for shard in list_shards([str(shards)]) for r in made.receipts(embedder, [shard]))
     assert rows([one, two], tmp_path / "b") == {i: row for i, row in want.items() if not i.startswith("three/")}
     assert three.files is None and "8 workers died with this shard under way" in (three.error or "")
 
@@ -321,7 +364,7 @@ def test_out_of_memory_mid_shard_keeps_every_row_and_small_batches(tmp_path: Pat
         return original(x)
 
     embedder.backbone._module.forward_features = forward
-    found = rows(list(embedder(list_shards([str(shards)]))), tmp_path / "b")
+    found = rows(made.receipts(embedder, list_shards([str(shards)])), tmp_path / "b")
     assert found.keys() == plain.keys()
     for name, row in plain.items():
         assert np.allclose(row["embedding"], found[name]["embedding"], rtol=1e-5, atol=1e-6)
@@ -348,7 +391,7 @@ def test_a_full_disk_fails_the_shard_and_leaves_nothing(tmp_path: Path) -> None:
         "job = made.job(sys.argv[2]); e = made.embedder(job);"
         "from pipeline.listing import list_shards; listed = list_shards([sys.argv[1]]);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000));"
-        "(r,) = e(listed); print(r.error); assert r.files is None"
+        "(r,) = made.receipts(e, listed); print(r.error); assert r.files is None"
     )
     here = Path(__file__).parent
     command = [sys.executable, "-c", code, tmp_path / "in", tmp_path / "out", here, here.parent]

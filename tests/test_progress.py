@@ -57,13 +57,13 @@ def test_the_busiest_stage_limits() -> None:
 def test_counts_go_up_and_end_exact() -> None:
     """Late and repeated ticks of the actors never make more images than there are when all is done."""
     state = State(set="x@1", shards=2)
-    state.see({"a": {"shard": "s", "images": 40, "rejects": 1}})
+    state.see({"a": {"under_way": {"s": (40, 1)}}})
     state.finish(replace(receipt("a", 0, 1, 50, 2), shard="s"))
-    state.see({"a": {"shard": "s", "images": 50, "rejects": 2}})  # idle: the same shard still
+    state.see({"a": {"under_way": {"s": (50, 2)}}})  # of a second ago
     assert state.images == 50
-    state.see({"a": {"shard": "t", "images": 20, "rejects": 0}})
+    state.see({"a": {"under_way": {"t": (15, 0), "u": (2, 0)}}, "b": {"under_way": {"t": (18, 0)}}})  # one was silent
     assert (state.images, state.rejects) == (70, 2)
-    state.finish(receipt("a", 1, 2, 30))
+    state.finish(replace(receipt("a", 1, 2, 30), shard="t"))
     state.settle()
     assert (state.shards_done, state.images, state.rejects) == (2, 80, 2)
 

@@ -100,7 +100,7 @@ def test_tokens_beyond_float16_fail_the_shard_with_a_sentence(tmp_path: Path, sh
     net = embedder.backbone._module
     original = net.forward_features
     net.forward_features = lambda x: original(x) * 1e6
-    receipts = list(embedder(list_shards([str(shards)])))
+    receipts = made.receipts(embedder, list_shards([str(shards)]))
     assert all(r.files is None and "beyond float16's 65504" in str(r.error) for r in receipts)
     assert not list(tmp_path.rglob("*.parquet"))
 

@@ -1,6 +1,8 @@
 """The promises of pipeline/watch.py, without Ray: what a run is told when its workers die or stand still."""
 
 import itertools
+import queue
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,23 +31,51 @@ def receipt(shard: str) -> Receipt:
 
 
 def activity(steps: int, shard: str = "x", stage: str = "forward") -> dict[str, Any]:
-    return {"steps": steps, "images": steps, "rejects": 0, "stage": stage, "shard": shard}
+    return {"steps": steps, "stage": stage, "shard": shard, "under_way": {shard: (steps, 0)}}
+
+
+Told = tuple[int, int, dict[str, Any]]  # workers started, ready, what they say
+
+
+class Pool:
+    """Receipts that come by themselves, and one word of the board after the other."""
+
+    def __init__(self, boards: Iterator[Told], receipts: Iterator[Receipt]):
+        self.is_done, self._boards, self._arrived = False, boards, queue.Queue[Any]()
+        threading.Thread(target=self._drain, args=(receipts,), daemon=True).start()
+
+    def _drain(self, receipts: Iterator[Receipt]) -> None:
+        try:
+            for receipt in receipts:
+                self._arrived.put(receipt)
+            self._arrived.put(None)
+        except ValueError as e:
+            self._arrived.put(e)
+
+    def read(self) -> actors.News:
+        try:
+            item = self._arrived.get(timeout=0.01)
+        except queue.Empty:
+            return actors.News([], *next(self._boards))
+        if isinstance(item, Exception):
+            raise item
+        self.is_done = item is None
+        return actors.News([item] if item else [], *next(self._boards))
 
 
 def watched(
-    boards: Iterator[tuple[int, int, dict[str, Any]]],
+    boards: Iterator[Told],
     receipts: Iterator[Receipt],
     patch: pytest.MonkeyPatch,
-    pool: tuple[int, int] = (1, 1),
+    size: tuple[int, int] = (1, 1),
     stall_timeout_s: float = 60,
 ) -> tuple[list[Receipt], list[str]]:
     """What comes out, and what was said, where the board reads so, one after the other."""
     patch.setattr("pipeline.watch.POLL_S", 0.01)
-    patch.setattr(actors, "read_board", lambda board: next(boards))
     said = list[str]()
-    state = State(set="s", shards=9)
+    state, pool = State(set="s", shards=9), Pool(boards, receipts)
     with Display(state) as display:
-        return list(watch(receipts, None, pool, state, display, stall_timeout_s, said.append)), said
+        return list(watch(pool, size, state, display, stall_timeout_s, said.append)), said  # type: ignore[arg-type]
 
 
 def slowly(*items: Receipt | Exception, wait_s: float = 0.1) -> Iterator[Receipt]:
@@ -86,20 +116,20 @@ def test_dead_workers_are_told_once_each(monkeypatch: pytest.MonkeyPatch) -> Non
     _, said = watched(boards, slowly(receipt("a")), monkeypatch)
     assert [s.partition(" died")[0] for s in said] == ["a worker", "2 workers"]
     boards = itertools.chain(((len(n), len(n), n) for n in names), itertools.repeat((4, 4, names[-1])))
-    assert watched(boards, slowly(receipt("a")), monkeypatch, pool=(1, 4))[1] == []
+    assert watched(boards, slowly(receipt("a")), monkeypatch, size=(1, 4))[1] == []
 
 
 def test_workers_that_never_get_ready_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a few of them, whatever the stall timeout; as many as the pool has may be on their way."""
     boards = ((n, 0, {}) for n in itertools.count())
     with pytest.raises(Failed, match="4 workers died before they had loaded the model"):
-        watched(boards, slowly(receipt("a"), wait_s=5), monkeypatch, pool=(2, 2))
-    got, _ = watched(itertools.repeat((5, 0, {})), slowly(receipt("a")), monkeypatch, pool=(2, 2))
+        watched(boards, slowly(receipt("a"), wait_s=5), monkeypatch, size=(2, 2))
+    got, _ = watched(itertools.repeat((5, 0, {})), slowly(receipt("a")), monkeypatch, size=(2, 2))
     assert len(got) == 1
     boards = (
         (3 * n, 1 + n // 2, {}) for n in itertools.count()
     )  # each time that one gets ready, the count begins anew
-    assert len(watched(boards, slowly(receipt("a")), monkeypatch, pool=(2, 2))[0]) == 1
+    assert len(watched(boards, slowly(receipt("a")), monkeypatch, size=(2, 2))[0]) == 1
 
 
 def test_what_ray_raises_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

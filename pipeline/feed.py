@@ -1,0 +1,223 @@
+"""Shards → their samples, decoded, in each shard's order: the feed of one embedding process, without Ray.
+
+    reader thread → decoding threads → whoever iterates
+
+Reader and decoders run ahead over the ends of shards, bounded in images and in bytes, so the device does not wait
+between two shards. What cannot be decoded comes as a `Reject`; a store's error ends its shard, and no other.
+"""
+
+import math
+import queue
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pipeline.config import VectorSet
+from pipeline.errors import Reject, StorageError
+from pipeline.fetching import fetch
+from pipeline.flow import ByteBudget, Flow
+from pipeline.images import Decoded, Decoder
+from pipeline.isolation import IsolatedDecoder
+from pipeline.listing import Shard
+from pipeline.shards import Sample, read_samples
+from pipeline.storage import is_local, is_unchanged, redact, resolve
+
+LOOKAHEAD_BATCHES = 2  # decoded images that wait: one batch being filled, one ready …
+DECODED_BYTES = 256 * 2**20  # … and fewer of large ones
+LOOKAHEAD_BYTES = 256 * 2**20  # encoded images between reader and decoders, one larger than that allowed alone
+FETCHED_BYTES = 4 * 2**20  # what an image behind a URL is taken to weigh before it is there
+FETCHERS = 16  # URL columns: requests under way at once, latency is all they cost
+NOTHING_S = 0.5  # until the next question where there was no shard to be had
+# Of the workers that had a shard under way. After the first its images are decoded apart, so what goes on dying is not
+# due to them; several, as machines may be taken away under a shard that is sound.
+MAX_DEATHS = 8
+
+
+class Outcome(NamedTuple):
+    """One sample after decoding."""
+
+    result: Decoded | Reject
+    size: int  # bytes as stored
+    fetch_s: float  # waited for, where the image lay behind a URL
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a shard: what was read of it, and why that is not all, if so."""
+
+    samples: int
+    bytes_read: int
+    read_s: float  # waited for the store, or for images behind URLs
+    started: float  # Unix time
+    error: str | None
+
+
+class Fed(NamedTuple):
+    """A sample with what became of it, or the end of its shard."""
+
+    shard: Shard
+    sample: Sample | None  # without its bytes
+    what: Outcome | Ended
+
+
+@dataclass
+class _Reading:
+    """One shard, as far as it is read. Two threads write, each its own numbers."""
+
+    shard: Shard
+    started: float = field(default_factory=time.time)
+    samples: int = 0
+    bytes_read: int = 0
+    read_s: float = 0.0
+    fetched_bytes: int = 0
+    fetch_s: float = 0.0
+    error: str | None = None
+
+    @property
+    def ended(self) -> Ended:
+        read, read_s = self.bytes_read + self.fetched_bytes, self.read_s + self.fetch_s
+        return Ended(self.samples, read, read_s, self.started, self.error)
+
+
+class LocalFeed:
+    """Reads and decodes in threads of this process. Called for a flow; what comes of a call ends with it."""
+
+    def __init__(
+        self, vectors: VectorSet, decode_threads: int, batch_size: int, deaths: Callable[[str], int] = lambda shard: 0
+    ):
+        """`batch_size` bounds what waits. `deaths`: how many workers died with a shard, by name, under way."""
+        preprocessing, upright = vectors.preprocessing, vectors.exif_orientation
+        self._threads, self._deaths, self._reading = decode_threads, deaths, ""
+        image_bytes = math.prod(preprocessing.input_size)
+        self._ahead = max(1, min(LOOKAHEAD_BATCHES * batch_size, DECODED_BYTES // image_bytes))
+        self._decoder = Decoder(preprocessing, exif_orientation=upright)
+        self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright)
+
+    def __call__(
+        self, shards: Iterable[Shard | None], flow: Flow, at: Callable[[str, str], None]
+    ) -> Generator[Fed, None, None]:
+        """Each shard's samples, then its `Ended`. `shards` gives None where there is none for now.
+
+        `at` is told the stage and the shard that are waited for, for the watchdog.
+        """
+        waiting: queue.Queue[Any] = queue.Queue(maxsize=self._ahead)
+        with ThreadPoolExecutor(self._threads) as decoders, ThreadPoolExecutor(FETCHERS) as fetchers:
+            reader = flow.start(lambda: self._read(shards, flow, waiting, decoders, fetchers), then=waiting)
+            try:
+                yield from self._decoded(flow, waiting, at)
+            except BaseException:  # of the iterating thread too, which closes us
+                flow.stop()
+                raise
+            finally:
+                decoders.shutdown(wait=False, cancel_futures=True)
+                fetchers.shutdown(wait=False, cancel_futures=True)
+                reader.join()
+                self._isolated.close()
+
+    def _read(
+        self,
+        shards: Iterable[Shard | None],
+        flow: Flow,
+        waiting: queue.Queue[Any],
+        decoders: ThreadPoolExecutor,
+        fetchers: ThreadPoolExecutor,
+    ) -> None:
+        budget = ByteBudget(LOOKAHEAD_BYTES)
+        for shard in shards:
+            if shard is None:
+                flow.pause(NOTHING_S)
+                continue
+            reading = _Reading(shard)
+            self._reading = shard.name
+            try:
+                decode = self._decoder_for(shard)
+                for sample in _timed(read_samples(shard), reading):
+                    size = _weight(sample)
+                    reading.samples += 1
+                    reading.bytes_read += len(sample.image)
+                    budget.take(size, flow)
+                    fetched = fetchers.submit(fetch, sample) if sample.url and not sample.reject else None
+                    decoded = decoders.submit(_decode, decode, sample, fetched, budget, size)
+                    flow.put(waiting, (reading, sample, decoded))
+                if _has_changed(shard):
+                    raise StorageError(f"{redact(shard.url)} changed while it was read: run again")
+            except (StorageError, OSError) as e:
+                reading.error = f"read: {e}"
+            flow.put(waiting, (reading, None, None))
+
+    def _decoder_for(self, shard: Shard) -> Callable[[bytes], Decoded]:
+        """Of a shard that took a worker down, the images are decoded in processes apart."""
+        deaths = self._deaths(shard.name)
+        if deaths >= MAX_DEATHS:
+            raise StorageError(
+                f"{deaths} workers died with this shard under way, and not by decoding its images: is there enough "
+                "memory? Else its file breaks what reads it"
+            )
+        return self._isolated if deaths else self._decoder
+
+    def _decoded(self, flow: Flow, waiting: queue.Queue[Any], at: Callable[[str, str], None]) -> Iterator[Fed]:
+        while True:
+            at("read", self._reading)
+            event = flow.get(waiting)
+            if event is None:
+                return
+            reading, sample, future = event
+            if sample is None:
+                yield Fed(reading.shard, None, reading.ended)
+            elif reading.error is None:
+                at("fetch" if sample.url else "decode", reading.shard.name)
+                try:
+                    outcome: Outcome = flow.wait(future)
+                except (StorageError, OSError) as e:
+                    reading.error = f"{'fetch' if sample.url else 'decode'}: {e}"
+                    continue
+                reading.fetch_s += outcome.fetch_s
+                reading.fetched_bytes += outcome.size if sample.url else 0
+                yield Fed(reading.shard, sample, outcome)
+
+
+def _decode(
+    decode: Callable[[bytes], Decoded], sample: Sample, fetched: Future[bytes] | None, budget: ByteBudget, size: int
+) -> Outcome:
+    started = time.perf_counter()
+    fetch_s = 0.0
+    data = sample.image
+    try:
+        if sample.reject:
+            raise sample.reject
+        if fetched:
+            data = fetched.result()
+            fetch_s = time.perf_counter() - started
+        return Outcome(decode(data), len(data), fetch_s, time.perf_counter() - started - fetch_s)
+    except Reject as why:
+        return Outcome(why, len(data) or sample.size, fetch_s, time.perf_counter() - started - fetch_s)
+    finally:
+        sample.image = b""
+        budget.give(size)
+
+
+def _weight(sample: Sample) -> int:
+    if sample.url:
+        return sample.listed.size if sample.listed else FETCHED_BYTES
+    return len(sample.image)
+
+
+def _has_changed(shard: Shard) -> bool:
+    if not shard.members:
+        return shard.source is not None and not is_unchanged(shard.source)
+    # One request a member is nothing on a local disk and the whole job on a remote store.
+    return is_local(resolve(shard.url)[0]) and not all(map(is_unchanged, shard.members))
+
+
+def _timed(samples: Iterator[Sample], reading: _Reading) -> Iterator[Sample]:
+    """The same samples; the time that each took to come is the reader's."""
+    while True:
+        started = time.perf_counter()
+        sample = next(samples, None)
+        reading.read_s += time.perf_counter() - started
+        if sample is None:
+            return
+        yield sample
