@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import actors, backbone, versions, weights
+from pipeline import actors, backbone, head, versions, weights
 from pipeline.config import OUTPUTS, RunConfig, VectorSet
 from pipeline.embed import STAGES, Job, Receipt
 from pipeline.errors import StorageError, UsageError
@@ -69,6 +69,11 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
 
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
     """
+    with head.starting(is_wanted=not config.dry_run):  # Ray, while the input is listed and the model loaded and staged
+        return _embed(config, say)
+
+
+def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
     run = plan(config)
     if config.dry_run:
         say(_describe(run))

@@ -151,7 +151,7 @@ def _on_a_cluster(inputs: str, output: str, kills: int, seed: str) -> int:
         max_reject_rate=0.1,
         actors=(2, 2),
     )
-    node = {"num_cpus": 1, "object_store_memory": actors.OBJECT_STORE_BYTES}
+    node = {"num_cpus": 1, "object_store_memory": head.OBJECT_STORE_BYTES}
     cluster = Cluster(initialize_head=True, connect=True, head_node_args=node)
     second = cluster.add_node(**node)
     actors.start_ray()
