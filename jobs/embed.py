@@ -68,50 +68,48 @@ def embed(
             if not value:
                 raise UsageError(f"{flag} is missing: see `shard2vec embed --help`")
         assert input and output and model
-        with head.starting(is_wanted=not dry_run):  # Ray, while torch and timm are imported
-            from pipeline.config import Adapt, RunConfig
-            from pipeline.listing import Columns
-            from pipeline.run import embed as run
+        from pipeline.config import Adapt, RunConfig
+        from pipeline.listing import Columns
+        from pipeline.run import embed as run
 
-            result = run(
-                RunConfig(
-                    inputs=tuple(input),
-                    output=output,
-                    model=model,
-                    format=format,
-                    columns=Columns(
-                        image=image_column, key=key_column, uri=uri_column, allow_urls=tuple(allow_url or ())
-                    ),
-                    weights=weights,
-                    outputs=_words(outputs),
-                    feature_indices=_indices(feature_indices),
-                    feature_names=_words(feature_names),
-                    only_metrics=only_metrics,
-                    adapt=Adapt(image_size=_size(image_size), in_chans=in_chans, num_classes=num_classes),
-                    top_k=top_k,
-                    labels=labels,
-                    precision=precision,
-                    engine=engine,
-                    decode=decode,
-                    exif_orientation=not no_exif_orientation,
-                    normalize=normalize,
-                    vector_type=vector_type,
-                    batch_size=_batch_size(batch_size),
-                    actors=_pool(actors),
-                    gpus_per_actor=gpus_per_actor,
-                    device=device,
-                    max_reject_rate=max_reject_rate,
-                    stall_timeout_s=stall_timeout,
-                    dry_run=dry_run,
-                ),
-                exits.say,
-            )
-            exits.say(f"shard2vec: {result.message}")
-            if json:
-                exits.print_json(result.json)
-            return result.exit_code
+        result = run(
+            RunConfig(
+                inputs=tuple(input),
+                output=output,
+                model=model,
+                format=format,
+                columns=Columns(image=image_column, key=key_column, uri=uri_column, allow_urls=tuple(allow_url or ())),
+                weights=weights,
+                outputs=_words(outputs),
+                feature_indices=_indices(feature_indices),
+                feature_names=_words(feature_names),
+                only_metrics=only_metrics,
+                adapt=Adapt(image_size=_size(image_size), in_chans=in_chans, num_classes=num_classes),
+                top_k=top_k,
+                labels=labels,
+                precision=precision,
+                engine=engine,
+                decode=decode,
+                exif_orientation=not no_exif_orientation,
+                normalize=normalize,
+                vector_type=vector_type,
+                batch_size=_batch_size(batch_size),
+                actors=_pool(actors),
+                gpus_per_actor=gpus_per_actor,
+                device=device,
+                max_reject_rate=max_reject_rate,
+                stall_timeout_s=stall_timeout,
+                dry_run=dry_run,
+            ),
+            exits.say,
+        )
+        exits.say(f"shard2vec: {result.message}")
+        if json:
+            exits.print_json(result.json)
+        return result.exit_code
 
-    exits.run(body, json)
+    with head.starting(is_wanted=not dry_run):  # Ray, while torch and timm are imported
+        exits.run(body, json)
 
 
 def _refuse_unavailable(*, engine: str, decode: str, ray_address: str | None) -> None:

@@ -133,7 +133,7 @@ def nodes(folder: Path, rng: random.Random, kills: int) -> Score:
 
 def _on_a_cluster(inputs: str, output: str, kills: int, seed: str) -> int:
     """The driver of `nodes`: it sits on the head, and the second node is killed again and again."""
-    from pipeline import actors  # first: it sets Ray's environment
+    from pipeline import actors, head  # first: they set Ray's environment
 
     import ray  # isort: skip
     from ray.cluster_utils import Cluster  # isort: skip
