@@ -47,6 +47,9 @@ def embed(
     batch_size: Annotated[str, typer.Option(help="Images a forward pass, or auto")] = "auto",
     actors: Annotated[str | None, typer.Option(help="Pool size N or MIN:MAX [for this machine]")] = None,
     gpus_per_actor: Annotated[float | None, typer.Option(help="Fractions allowed [1 on cuda]")] = None,
+    feeders: Annotated[
+        int, typer.Option(help="Processes that read and decode for actors with few cores; 0: actors do so themselves")
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     ray_address: Annotated[str | None, typer.Option(help="A running cluster [a local one is started]")] = None,
     max_reject_rate: Annotated[float, typer.Option(help="Above it: exit 3, no version")] = 0.01,
@@ -96,6 +99,7 @@ def embed(
                 batch_size=_batch_size(batch_size),
                 actors=_pool(actors),
                 gpus_per_actor=gpus_per_actor,
+                feeders=feeders,
                 device=device,
                 max_reject_rate=max_reject_rate,
                 stall_timeout_s=stall_timeout,
@@ -108,7 +112,7 @@ def embed(
             exits.print_json(result.json)
         return result.exit_code
 
-    with head.starting(is_wanted=not dry_run):  # Ray, while torch and timm are imported
+    with head.starting(not dry_run, max(0, feeders)):  # Ray, while torch and timm are imported
         exits.run(body, json)
 
 

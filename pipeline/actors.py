@@ -16,15 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import head
+
+# isort: split
+# After `head`, whose settings are read when Ray is imported.
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import head  # before Ray, which reads its settings when it is imported
 from pipeline.board import Board, Told
 from pipeline.config import RunConfig
-from pipeline.embed import Embedder, Job, Receipt, worker_name
+from pipeline.embed import Embedder, Feed, Job, Receipt, worker_name
 from pipeline.errors import UsageError
 from pipeline.feed import LocalFeed
+from pipeline.feeders import RemoteFeed
 from pipeline.listing import Shard
 
 # One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
@@ -41,12 +45,17 @@ BOARD_TIMEOUT_S = 5.0
 
 
 @contextmanager
-def local_ray() -> Iterator[None]:
+def local_ray(feeders: int = 0) -> Iterator[None]:
     """A Ray of this machine alone, quiet; one that runs in this process already is used, and left running."""
     ours = not ray.is_initialized()
     terminated = signal.getsignal(signal.SIGTERM)
     # Ray reports dead workers on stdout, which belongs to results; the run says so itself.
-    with head.starting(), _native_stderr_silenced(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    with (
+        head.starting(feeders=feeders),
+        _native_stderr_silenced(),
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+    ):
         try:
             start_ray()
             if threading.current_thread() is threading.main_thread():
@@ -119,9 +128,16 @@ class EmbedShards:
             batch_size=job.batch_size,
             tensors=vectors.tensors,
         )
-        feed = LocalFeed(vectors, job.decode_threads, backbone.batch_size, lambda shard: self._deaths.pop(shard, 0))
-        self._embedder = Embedder(job, backbone, feed)
+        self._embedder = Embedder(job, backbone, self._feed(job, backbone.batch_size))
         threading.Thread(target=self._tick, daemon=True).start()
+
+    def _feed(self, job: Job, batch_size: int) -> Feed:
+        def deaths(shard: str) -> int:
+            return self._deaths.pop(shard, 0)
+
+        if job.feeders:
+            return RemoteFeed(job.vectors, job.feeders, deaths)
+        return LocalFeed(job.vectors, job.decode_threads, batch_size, deaths)
 
     def run(self) -> None:
         self._embedder(self._shards(), self._done)
@@ -166,7 +182,8 @@ class Pool:
         self._open = {shard.name for shard in shards}
         self._board = ray.remote(num_cpus=0, max_restarts=RESTARTS, scheduling_strategy=_here())(Board).remote()
         self._epoch, self._taken_in = "", 0
-        cpus = ray.cluster_resources().get("CPU", 1.0) / (actors + 1)  # room for what else runs on Ray
+        free = ray.cluster_resources().get("CPU", 1.0) - job.feeders * actors
+        cpus = max(0.0, free) / (actors + 1)  # room for what else runs on Ray
         worker = ray.remote(
             num_cpus=cpus,
             num_gpus=gpus or None,
@@ -268,6 +285,8 @@ def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[
     least, most = config.actors or (default, default)
     if gpus and least * gpus > resources.get("GPU", 0):
         raise UsageError(f"--actors {least} with {gpus} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
+    if config.feeders > cpus:
+        raise UsageError(f"--feeders {config.feeders}: there are {cpus} CPUs, and each takes one")
     threads = max(1, cpus // max(1, min(most, shards)))
     most = max(1, min(most, todo))
     return (min(least, most), most), gpus, threads

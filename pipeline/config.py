@@ -85,6 +85,7 @@ class RunConfig:
     batch_size: int | None = None  # None: found
     actors: tuple[int, int] | None = None  # least and most; None: chosen for this machine
     gpus_per_actor: float | None = None  # None: 1 on cuda, 0 on the CPU
+    feeders: int = 0  # processes that read and decode for the actors; 0: each actor does so itself
     device: str = "auto"
     max_reject_rate: float = 0.01  # of all samples; one broken image in a hundred is a shard worth looking at
     stall_timeout_s: float = 600.0
@@ -115,6 +116,7 @@ class RunConfig:
         _at_least("--batch-size", self.batch_size, 1)
         if self.batch_size is not None and self.batch_size > MAX_BATCH:
             raise UsageError(f"--batch-size {self.batch_size}: must be {MAX_BATCH} or less")
+        _at_least("--feeders", self.feeders, 0)
         _at_least("--stall-timeout", self.stall_timeout_s, 1)
         if not 0 <= self.max_reject_rate <= 1:
             raise UsageError(f"--max-reject-rate {self.max_reject_rate}: must lie between 0 and 1")

@@ -51,6 +51,7 @@ class Job:
     batch_size: int | None
     decode_threads: int
     torch_threads: int
+    feeders: int = 0  # processes that read and decode for this one; 0: it does so itself
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,14 +23,15 @@ if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it
+OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
+FEEDER_BYTES = 64 * 2**20  # … and, of each feeder, the chunks under way
 
 _head: "subprocess.Popen[str] | None" = None
 _address = ""  # of Ray, once it is known to be up
 
 
 @contextmanager
-def starting(is_wanted: bool = True) -> Iterator[None]:
+def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
     """Has Ray start, unless it runs here or starts already; within, `address` is where to connect."""
     global _head, _address
     ray: Any = sys.modules.get("ray")
@@ -41,7 +42,7 @@ def starting(is_wanted: bool = True) -> Iterator[None]:
     home = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH", "")
     _head = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.head"],
+        [sys.executable, "-m", "pipeline.head", str(OBJECT_STORE_BYTES + feeders * FEEDER_BYTES)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -79,7 +80,7 @@ def _main() -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=int(sys.argv[1]),
     )
     print(context.address_info["gcs_address"], flush=True)
     threading.Event().wait()

@@ -69,7 +69,7 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
 
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
     """
-    with head.starting(is_wanted=not config.dry_run):  # Ray, while the input is listed and the model loaded and staged
+    with head.starting(not config.dry_run, config.feeders):  # Ray, while the input is listed and the model loaded
         return _embed(config, say)
 
 
@@ -198,7 +198,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
     """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
-    with actors.local_ray():
+    with actors.local_ray(run.config.feeders):
         size, gpus, run.threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
         job = Job(
             vectors=run.vectors,
@@ -210,6 +210,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             batch_size=run.config.batch_size,
             decode_threads=run.threads,
             torch_threads=run.threads,
+            feeders=-(-run.config.feeders // size[1]),
         )
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
             for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
