@@ -69,7 +69,8 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
 
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
     """
-    with head.starting(not config.dry_run, config.feeders):  # Ray, while the input is listed and the model loaded
+    is_early = not config.dry_run and head.is_early(config.output)
+    with head.starting(is_early, config.feeders):  # Ray, while the input is listed and the model loaded
         return _embed(config, say)
 
 

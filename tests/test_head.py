@@ -51,6 +51,13 @@ def test_nothing_starts_where_nothing_is_wanted() -> None:
         assert head._head is None
 
 
+def test_a_run_that_may_find_nothing_new_starts_none(tmp_path: Path) -> None:
+    """Where a version is there, Ray waits until something is to do."""
+    assert head.is_early(str(tmp_path)) and head.is_early("s3://bucket/out")
+    (tmp_path / "versions").mkdir()
+    assert not head.is_early(str(tmp_path))
+
+
 def test_it_ends_with_the_process_that_wanted_it() -> None:
     """SIGKILL gives that one no time to say so."""
     script = (
