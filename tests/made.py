@@ -10,8 +10,8 @@ from pipeline.config import Adapt, VectorSet
 from pipeline.embed import Embedder, Job, Receipt
 from pipeline.feed import LocalFeed
 from pipeline.listing import Shard, list_shards
+from pipeline.lists import ShardFiles
 from pipeline.rows import Counts
-from pipeline.versions import ShardFiles
 
 MODEL = "test_vit"
 
