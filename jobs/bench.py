@@ -108,6 +108,7 @@ def _print(result: dict[str, Any], stream: TextIO) -> None:
         f"{images['count']} images of {images['mean_bytes'] / 1000:.0f} kB, {images['mean_pixels'] / 1e6:.2f} Mpx"
     )
     console.print(table)
+    console.print("in brackets: the stated bound; cosines are with embeddings of exact pixels in eager fp32")
     for line in result["notes"]:
         console.print(line)
     for name, line in _conclusions(result):
@@ -123,17 +124,20 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str, dict[str, Any], str]]:
     rows.append(("transfer", "into batches", result["transfer"], ""))
     for one in result["forward"]:
         how = f"{one['engine']} {one['precision']}, {one['batch_size']} a batch"
-        rows.append(("forward", how, one, f"cosine {one['cosine']:.6f} with eager fp32; starts in {one['start_s']} s"))
+        bound = f" [{one['bound']['cosine']}]" if one["bound"] else ""
+        rows.append(("forward", how, one, f"cosine {one['cosine']:.6f}{bound}; starts in {one['start_s']} s"))
     rows.append(("write", f"{result['write']['dim']}-d rows", result["write"], ""))
     return rows
 
 
 def _error(decoding: dict[str, Any]) -> str:
+    """What was measured, and in brackets the bound."""
     if decoding["decode"] == "exact":
         return "timm's own pixels"
+    bound = decoding["bound"]
     return (
-        f"at most {decoding['largest_levels']} levels off, {decoding['mean_levels']:.4f} in the mean, "
-        f"cosine {decoding['cosine']:.6f}"
+        f"levels off {decoding['largest_levels']} [{bound['levels']}], mean {decoding['mean_levels']:.4f} "
+        f"[{bound['mean_levels']}], cosine {decoding['cosine']:.6f} [{bound['cosine']}]"
     )
 
 

@@ -24,11 +24,13 @@ from pipeline.backbone import Backbone, resolve_device
 from pipeline.ceiling import Ceiling, Decoding, Forward, Room, ceiling, chosen, workers_on_gpus
 from pipeline.config import RunConfig
 from pipeline.embed import Job
+from pipeline.engines import STATED_ERROR, Unavailable, resolve_engine
 from pipeline.errors import UsageError
 from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard, list_shards
 from pipeline.measure import Cost
 from pipeline.output import Root
+from pipeline.resizing import BOUNDS
 from pipeline.sets import vector_set
 from pipeline.speed import Means, Sums
 
@@ -91,7 +93,7 @@ class Bench:
         reference = measure.embeddings(plain, pixels, COMPARE * seconds)
         decodings = list(self._decodings(images, pixels, plain, reference))
         forwards = self._forwards(pixels, reference)
-        fastest = self._fastest(forwards)
+        fastest = self._proven(forwards)
         transfer = measure.transfer(pixels, fastest.batch_size, plain.device, TRANSFER * seconds)
         arrays = plain(measure.batch_of(pixels, fastest.batch_size)).to_numpy()
         write = measure.write(self.vectors, self.labels, arrays, Root(self.config.output), WRITE * seconds)
@@ -125,11 +127,12 @@ class Bench:
         return max(1, self.room.cores // workers)
 
     def _decoder(self, decode: str) -> Decoder:
-        return Decoder(self.vectors.preprocessing, exif_orientation=self.vectors.exif_orientation)
+        return Decoder(self.vectors.preprocessing, exif_orientation=self.vectors.exif_orientation, how=decode)
 
     def _backbone(self, engine: str, precision: str, batch_size: int | None) -> Backbone:
         return Backbone(
             self.module,
+            engine=engine,
             precision=precision,
             device=self.device,
             classes=bool(self.vectors.top_k),
@@ -143,7 +146,7 @@ class Bench:
     def _decodings(
         self, images: Sequence[bytes], pixels: Sequence[Decoded], plain: Backbone, reference: torch.Tensor
     ) -> Iterator[Decoding]:
-        modes = [self.asked.decode] if self.asked.decode else ["exact"]
+        modes = [self.asked.decode] if self.asked.decode else list(BOUNDS)
         each = DECODE * self.asked.seconds / len(modes) / 2
         for mode in modes:
             self.say(f"decoding: {mode}")
@@ -173,11 +176,15 @@ class Bench:
         return forwards
 
     def _ways(self) -> Iterator[tuple[str, str]]:
-        """Engines with precisions, as far as they are asked for."""
-        engines = [self.asked.engine] if self.asked.engine else ["eager"]
+        """Engines with precisions, as far as they are asked for and there is time to start them."""
+        soon = ["eager", "openvino"] if self.device == "cpu" else ["eager"]
+        if self.asked.seconds >= COMPILE_S:
+            soon.append("compile")
+        elif not self.asked.engine:
+            self.notes.append(f"compile was left out, it starts slowly: --engine compile, or --seconds {COMPILE_S:.0f}")
         native = self.vectors.precision  # what `auto` became
         precisions = [self.asked.precision] if self.asked.precision else list(dict.fromkeys([native, "fp32"]))
-        yield from itertools.product(engines, precisions)
+        yield from itertools.product([self.asked.engine] if self.asked.engine else soon, precisions)
 
     def _forward(
         self,
@@ -190,7 +197,11 @@ class Bench:
     ) -> Forward | None:
         self.say(f"forward: {engine} {precision}{f', {batch_size} images a batch' if batch_size else ''}")
         started = time.perf_counter()
-        backbone = self._backbone(engine, precision, batch_size)
+        try:
+            backbone = self._backbone(engine, precision, batch_size)
+        except Unavailable as e:
+            self.notes.append(f"{engine} {precision} cannot be used: {e}")
+            return None
         cosine = measure.cosine(backbone, pixels, reference)
         start_s = time.perf_counter() - started
         cost = measure.forward(backbone, pixels, seconds)
@@ -211,6 +222,24 @@ class Bench:
 
         best = max(map(images_per_s, forwards))
         return next(f for f in forwards if images_per_s(f) * WORTH_ANOTHER_BATCH >= best)
+
+    def _proven(self, forwards: list[Forward]) -> Forward:
+        """The fastest that a run would take too: an engine has to be as near to eager fp32 as it promises."""
+        while True:
+            best = self._fastest(forwards)
+            _, why_not = resolve_engine(
+                best.engine,
+                self.module,
+                precision=best.precision,
+                device=self.device,
+                batch_size=best.batch_size,
+                threads=torch.get_num_threads(),
+                tensors=self.vectors.tensors,
+            )
+            if not why_not:
+                return best
+            self.notes.append(why_not)
+            forwards = [f for f in forwards if (f.engine, f.precision) != (best.engine, best.precision)]
 
     # the setting
 
@@ -300,6 +329,7 @@ class Bench:
             "largest_levels": d.largest,
             "mean_levels": round(d.mean, 5),
             "cosine": round(d.cosine, 7),
+            "bound": BOUNDS[decoding.decode]._asdict(),
             "ceiling_images_per_s": round(top.images_per_s, 2),
         }
 
@@ -309,6 +339,7 @@ def _told(cost: Cost) -> dict[str, Any]:
 
 
 def _told_forward(forward: Forward) -> dict[str, Any]:
+    bound = STATED_ERROR.get((forward.engine, forward.precision))  # of eager none is stated: it is timm's own
     return {
         "engine": forward.engine,
         "precision": forward.precision,
@@ -316,6 +347,7 @@ def _told_forward(forward: Forward) -> dict[str, Any]:
         **_told(forward.cost),
         "start_s": round(forward.start_s, 1),
         "cosine": round(forward.cosine, 7),
+        "bound": bound._asdict() if bound else None,
     }
 
 
