@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import os
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,12 +104,12 @@ class Bench:
         decoding = chosen(decodings, ceilings)
         top = ceilings[decoding.decode]
         workers = self._workers(decoding, top)
-        tried = self._tried(decoding, fastest, workers, images, top)
+        tried = self._tried(decoding, fastest, workers, images, top, read.a_shard)
         expected = min(tried["images_per_s"], top.alone["read"])
         return {
             "machine": self._machine(),
             "model": self.config.model,
-            "images": _about(images, pixels),
+            "images": _about(images, pixels) | {"a_shard": read.a_shard},
             "read": _told(read.cost) | {"mb_per_s": round(read.stored_bytes / read.cost.seconds / 1e6, 1)},
             "decode": [self._told_decoding(d, ceilings[d.decode]) for d in decodings],
             "transfer": _told(transfer),
@@ -249,8 +250,15 @@ class Bench:
         return workers_on_gpus(self.room, decoding, top.images_per_s)
 
     def _tried(
-        self, decoding: Decoding, forward: Forward, workers: int, images: Sequence[bytes], top: Ceiling
+        self,
+        decoding: Decoding,
+        forward: Forward,
+        workers: int,
+        images: Sequence[bytes],
+        top: Ceiling,
+        a_shard: int | None,
     ) -> dict[str, Any]:
+        """`a_shard`: images of one, which ends in a short batch. Where there are more than the time allows: fewer."""
         seconds, threads = max(1.0, TRIAL * self.asked.seconds), self._threads(workers)
         self.say(f"trying it: {workers} workers for {seconds:.0f} s")
         vectors = replace(self.vectors, decode=decoding.decode, engine=forward.engine, precision=forward.precision)
@@ -266,7 +274,7 @@ class Bench:
             torch_threads=threads,
         )
         batches = max(1, round(top.images_per_s / workers * min(TRIAL_SHARD_S, seconds / 3) / forward.batch_size))
-        shard = self._shard(images, batches * forward.batch_size)
+        shard = self._shard(images, min(batches * forward.batch_size, a_shard or sys.maxsize))
         receipts = trial.tried(job, shard, workers, seconds)
         sums = Sums()
         for receipt in receipts:

@@ -55,6 +55,7 @@ class Read(NamedTuple):
     cost: Cost  # of one reader
     stored_bytes: int
     images: list[bytes]  # the first of them
+    a_shard: int | None  # images, of the middle one of those that were read to their end; None: there was no time
 
 
 class Difference(NamedTuple):
@@ -67,35 +68,59 @@ class Difference(NamedTuple):
 
 def read(shards: Sequence[Shard], seconds: float) -> Read:
     """Reads them again and again. Raises `UsageError` where they hold no image."""
-    images: list[bytes] = []
-    count = size = kept = 0
+    kept = _Kept()
+    read: list[_One] = []
     started, cpu = time.perf_counter(), time.process_time()
-    for is_new, image in _stored(shards, started + seconds):
-        count, size = count + 1, size + len(image)
-        if is_new and len(images) < KEPT_IMAGES and (not images or kept + len(image) <= KEPT_BYTES):
-            images.append(image)
-            kept += len(image)
-    if not images:
-        raise UsageError("the input holds no image")
-    cost = Cost(count, time.perf_counter() - started, time.process_time() - cpu)
-    return Read(cost, size, images)
-
-
-def _stored(shards: Sequence[Shard], until: float) -> Iterator[tuple[bool, bytes]]:
-    """Images as they lie in the store, as many at a time from URLs as a run has; is it the first time?"""
     with ThreadPoolExecutor(FETCHERS) as fetchers:
-        for again in itertools.count():
-            found = 0
-            for shard in shards:
-                with contextlib.closing(read_samples(shard)) as samples:  # type: ignore[type-var]
-                    while several := list(itertools.islice(samples, FETCHERS)):
-                        stored = [image for image in fetchers.map(_bytes_of, several) if image]
-                        found += len(stored)
-                        yield from ((not again, image) for image in stored)
-                        if time.perf_counter() > until and (found or again):
-                            return
-            if not found:
-                return
+        for n, shard in enumerate(itertools.cycle(shards), start=1):
+            is_new = n <= len(shards)
+            read.append(_one(shard, fetchers, kept.offer if is_new else len, started + seconds))
+            is_late = time.perf_counter() > started + seconds
+            if (kept.images and is_late) or (not kept.images and n == len(shards)):
+                break
+    if not kept.images:
+        raise UsageError("the input holds no image")
+    cost = Cost(sum(one.images for one in read), time.perf_counter() - started, time.process_time() - cpu)
+    whole = sorted(one.images for one in read if one.is_whole)
+    return Read(cost, sum(one.size for one in read), kept.images, whole[len(whole) // 2] if whole else None)
+
+
+class _One(NamedTuple):
+    """What was read of a shard."""
+
+    images: int
+    size: int  # bytes
+    is_whole: bool
+
+
+class _Kept:
+    """The first images, within bounds."""
+
+    def __init__(self) -> None:
+        self.images: list[bytes] = []
+        self._bytes = 0
+
+    def offer(self, image: bytes) -> None:
+        if not self.images or (len(self.images) < KEPT_IMAGES and self._bytes + len(image) <= KEPT_BYTES):
+            self.images.append(image)
+            self._bytes += len(image)
+
+
+def _one(shard: Shard, fetchers: ThreadPoolExecutor, take: Callable[[bytes], object], until: float) -> _One:
+    count = size = 0
+    for image in _stored(shard, fetchers):
+        count, size = count + 1, size + len(image)
+        take(image)
+        if time.perf_counter() > until:
+            return _One(count, size, False)
+    return _One(count, size, True)
+
+
+def _stored(shard: Shard, fetchers: ThreadPoolExecutor) -> Iterator[bytes]:
+    """Its images as they lie in the store, as many at a time from URLs as a run has."""
+    with contextlib.closing(read_samples(shard)) as samples:  # type: ignore[type-var]
+        while several := list(itertools.islice(samples, FETCHERS)):
+            yield from filter(None, fetchers.map(_bytes_of, several))
 
 
 def _bytes_of(sample: Sample) -> bytes:

@@ -129,7 +129,7 @@ def test_bench_ends_in_a_command_that_runs(shards: Path, tmp_path: Path, monkeyp
     assert told["images"]["count"] == 21 and told["trial"]["images"] > 0
     exact = told["decode"][0]
     assert (exact["decode"], exact["largest_levels"], exact["cosine"]) == ("exact", 0, pytest.approx(1))
-    assert told["ceiling_images_per_s"] == max(d["ceiling_images_per_s"] for d in told["decode"])
+    assert told["ceiling_images_per_s"] in [d["ceiling_images_per_s"] for d in told["decode"]]
     assert "CPU ms" in err and told["command"] in err.splitlines()[-1]
     words = shlex.split(told["command"].replace("--output out", f"--output {tmp_path / 'out'} --weights random:0"))
     code, out, err = call(*words[1:], "--dry-run", "--json")
