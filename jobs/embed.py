@@ -114,7 +114,7 @@ def embed(
 
     with head.starting(
         not dry_run and head.is_early(output), max(0, feeders)
-    ):  # Ray, while torch and timm are imported
+    ):  # Ray, while torch is imported
         exits.run(body, json)
 
 
