@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
-from pipeline.backbone import Backbone, Vectors
+from pipeline.backbone import Backbone
 from pipeline.config import Adapt, VectorSet
+from pipeline.device import Passed, Staging
 from pipeline.errors import Reject, StorageError
 from pipeline.feed import Ended, Fed, Outcome
 from pipeline.flow import Flow
@@ -33,7 +33,7 @@ from pipeline.versions import ShardFiles, publish, published
 
 WRITES_WAITING = 4  # batches of vectors between device and writer …
 WAITING_BYTES = 128 * 2**20  # … and fewer where tokens or feature maps make them large
-STAGES = ("read", "decode", "forward", "write")
+STAGES = ("read", "decode", "transfer", "forward", "write")
 MARK = secrets.token_hex(2)  # of this process
 
 
@@ -113,7 +113,7 @@ class Work:
 class Batch(NamedTuple):
     samples: list[Sample]
     sizes: list[tuple[int, int]]
-    vectors: Vectors
+    passed: Passed
 
 
 class Refused(NamedTuple):
@@ -128,6 +128,7 @@ class Embedder:
     def __init__(self, job: Job, backbone: Backbone, feed: Feed):
         self.job, self.backbone, self.activity = job, backbone, Activity()
         self._root, self._feed = Root(job.output), feed
+        self._staging = Staging(backbone)
 
     def __call__(self, shards: Iterable[Shard | None], done: Callable[[Receipt], None]) -> None:
         """`done` gets one receipt a shard as each is published, from a thread of ours.
@@ -218,13 +219,7 @@ class Embedder:
 
     def _batch(self, work: Work, samples: list[Sample], decoded: list[Decoded]) -> Batch:
         self._at("forward", work.shard.name)
-        started = time.perf_counter()
-        images = torch.from_numpy(np.stack([d.pixels for d in decoded]))
-        if self.backbone.device.type == "cuda":
-            images = images.pin_memory()
-        vectors = self.backbone(images)
-        work.seconds["forward"] += time.perf_counter() - started
-        return Batch(samples, [(d.width, d.height) for d in decoded], vectors)
+        return Batch(samples, [(d.width, d.height) for d in decoded], self._staging(decoded))
 
     # writer thread
 
@@ -273,9 +268,9 @@ class Embedder:
         if isinstance(event, Refused):
             work.writer.reject(event.sample, event.why, event.size)
             return
-        started = time.perf_counter()
-        arrays = event.vectors.to_numpy()  # on CUDA this is where the device is waited for
-        work.seconds["forward"] += time.perf_counter() - started
+        arrays = event.passed.to_numpy()  # on CUDA this is where the device is waited for
+        for stage, seconds in event.passed.seconds().items():
+            work.seconds[stage] += seconds
         started = time.perf_counter()
         try:
             work.writer.rows(event.samples, event.sizes, arrays)

@@ -197,7 +197,7 @@ def speed(receipts: Sequence[Receipt], decode_threads: int) -> Speed:
         span = max(1e-3, max(r.ended for r in own) - min(r.started for r in own))
         images_per_s += sum(r.files.counts.samples for r in own if r.files) / span
         capacity_s += span
-    threads = {"read": 1, "decode": decode_threads, "forward": 1, "write": 1}
+    threads = {"read": 1, "decode": decode_threads, "transfer": 1, "forward": 1, "write": 1}
     busy = {s: sum(r.seconds[s] for r in done) / (capacity_s * threads[s]) for s in STAGES}
     limit = max(busy, key=lambda s: busy[s])
     others = ", ".join(f"{s} {busy[s]:.0%}" for s in STAGES if s != limit)

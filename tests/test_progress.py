@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import progress
-from pipeline.embed import Receipt
+from pipeline.embed import STAGES, Receipt
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State, is_alive, read_notes, speed
 from pipeline.rows import Counts
@@ -19,7 +19,7 @@ from pipeline.versions import ShardFiles
 def receipt(worker: str, start: float, end: float, rows: int, rejects: int = 0, **seconds: float) -> Receipt:
     counts = Counts(rows + rejects, rows, {"corrupt": rejects} if rejects else {})
     files = ShardFiles("s", "e", {"embeddings": "a.parquet"}, {"embeddings": 1}, counts)
-    stages = dict.fromkeys(("read", "decode", "forward", "write"), 0.0) | seconds
+    stages = dict.fromkeys(STAGES, 0.0) | seconds
     return Receipt(
         shard="s",
         files=files,
