@@ -93,8 +93,8 @@ class LocalFeed:
         self._threads, self._deaths, self._reading = decode_threads, deaths, ""
         image_bytes = math.prod(preprocessing.input_size)
         self._ahead = max(1, min(LOOKAHEAD_BATCHES * batch_size, DECODED_BYTES // image_bytes))
-        self._decoder = Decoder(preprocessing, exif_orientation=upright)
-        self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright)
+        self._decoder = Decoder(preprocessing, exif_orientation=upright, how=vectors.decode)
+        self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright, how=vectors.decode)
 
     def __call__(
         self, shards: Iterable[Shard | None], flow: Flow, at: Callable[[str, str], None]

@@ -71,7 +71,7 @@ WRONG = {
     "bad indices": (["--feature-indices", "0;2"], "--feature-indices 0;2: must be whole numbers"),
     "channels": (["--in-chans", "2"], "images of 2 channels"),
     "engine": (["--engine", "compile"], "--engine compile is not available yet"),
-    "decode": (["--decode", "fast"], "--decode fast is not available yet"),
+    "decode": (["--decode", "cuda"], "--decode cuda is not available yet"),
     "cluster": (["--ray-address", "auto"], "--ray-address auto is not available yet"),
 }
 
@@ -210,7 +210,7 @@ def test_the_command_lines_vectors_are_timms(model: str, shards: Path, tmp_path:
     write_tar(tmp_path / "x.tar", [*list(members.items())[:3], ("photo_2.cls", b"5"), *list(members.items())[3:]])
     args = ["embed", "--input", tmp_path / "x.tar", "--output", tmp_path / "out", "--model", model]
     args += ["--outputs", "classes,tokens,features", "--feature-indices", "2,0"]
-    code, out, err = call(*args, "--weights", "random:0", "--precision", "fp32", "--batch-size", 3, "--json")
+    code, out, err = call(*args, "--weights", "random:0", "--precision", "fp32", "--decode", "exact", "--batch-size", 3, "--json")
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["rows"] == 4
     want = oracle.expected(model, images)
@@ -242,7 +242,7 @@ def test_another_size_and_grey_images_from_the_command_line(tmp_path: Path, ray_
     safetensors.torch.save_file(net.state_dict(), tmp_path / "w.safetensors")
     args = ["embed", "--input", tmp_path / "x.tar", "--output", tmp_path / "out", "--model", "pit_ti_224", "--json"]
     args += ["--weights", tmp_path / "w.safetensors", "--precision", "fp32", "--image-size", "256X192", "--in-chans", 1]
-    code, out, err = call(*args, "--outputs", "tokens")
+    code, out, err = call(*args, "--outputs", "tokens", "--decode", "exact")
     assert code == 0, err
     adapted = timm.create_model("pit_ti_224", img_size=(256, 192), in_chans=1).eval()
     state = net.state_dict()

@@ -38,6 +38,7 @@ def config(inputs: Path, output: Path, **changes: object) -> RunConfig:
         model="test_vit",
         weights="random:0",
         precision="fp32",
+        decode="exact",
         batch_size=4,
         max_reject_rate=0.2,
         actors=(1, 1),
