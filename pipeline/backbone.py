@@ -150,8 +150,7 @@ def read_labels(url: str, classes: int) -> tuple[str, ...]:
 
 def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
-        why = why_no_cuda()
-        raise UsageError(f"--device cuda: no CUDA device is here{f' ({why})' if why else ''}; --device cpu runs without")
+        raise UsageError(f"--device cuda: no CUDA device is here{why_no_cuda()}; --device cpu runs without")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
@@ -207,9 +206,9 @@ class Backbone:
         self.batch_size = batch_size or max(1, min(CPU_BATCH, CPU_BATCH_PIXELS // (height * width)))
         self._tuning: dict[str, Any] | None = None  # what the batch size found is remembered by
         if self.device.type == "cuda":
-            settings = {"size": self.preprocessing.input_size, "precision": precision, "engine": "eager", "share": share}
-            columns = [(f.kind, f.source, f.dtype) for f in tensors]
-            key = tuning.key_of(module, self.device, **settings, top=self._top, columns=columns, batch=batch_size)
+            settings = {"precision": precision, "engine": "eager", "share": share, "asked": batch_size}
+            outputs = [self._top, *((f.kind, f.source, f.dtype) for f in tensors)]
+            key = tuning.key_of(module, self.device, size=self.preprocessing.input_size, outputs=outputs, **settings)
             found = tuning.tuned(key, lambda: self._searched(batch_size, room))
             self.batch_size = found.batch_size
             self._lay_out(found.channels_last)

@@ -19,7 +19,8 @@ import torch
 
 if TYPE_CHECKING:
     from pipeline.backbone import Arrays, Backbone, Vectors
-    from pipeline.cuda_images import DeviceImages, OnDevice
+    from pipeline.cuda_images import DeviceImages, Jpeg, OnDevice
+from pipeline.errors import Reject
 from pipeline.images import Decoded
 
 RING = 3  # batches: one computes, one is copied, one is filled …
@@ -27,6 +28,8 @@ RING_BYTES = 2**30  # … and two of larger ones: 2048 images of 224x224 are 0.3
 # Of a share of a device, what torch's allocator does not count: the process's context, kernels, nvJPEG's buffers. A
 # context with cuDNN and cuBLAS loaded takes 0.5 to 0.8 GB by NVIDIA's own figures; not yet measured here.
 CONTEXT_BYTES = 3 * 2**29
+# A handle that cannot be made is reported as not initialised.
+LIBRARY_LACKS_MEMORY = re.compile("out of memory|(CUDNN|CUBLAS|CUSOLVER)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)")
 
 
 @dataclass
@@ -121,7 +124,7 @@ class Staging:
     def __init__(self, backbone: "Backbone", images: "DeviceImages | None" = None, cuda: Any = None):
         """`images` decodes on the device, for `--decode cuda`. `cuda`: by default the device's own."""
         self._backbone, self._images = backbone, images
-        self._cuda = cuda or (Cuda(backbone.device) if backbone.device.type == "cuda" else None)
+        self._cuda: Any = cuda or (Cuda(backbone.device) if backbone.device.type == "cuda" else None)
         self._ring: list[_Slot] = []
         self._next = 0
         if self._cuda is not None:
@@ -130,6 +133,12 @@ class Staging:
             for _ in range(places):
                 host, there = self._cuda.pinned(shape, torch.uint8), self._cuda.empty(shape, torch.uint8)
                 self._ring.append(_Slot(host, there))
+
+    def decoded(self, images: "Sequence[Decoded | Jpeg]") -> "Sequence[Decoded | OnDevice | Reject]":
+        """What is encoded still is decoded on the device, in the stream that fills the ring."""
+        assert self._images is not None
+        with self._cuda.on(self._cuda.incoming):
+            return self._images(images)
 
     def __call__(self, images: Sequence["Decoded | OnDevice"]) -> Passed:
         """`images`: the backbone's batch size at most. On CUDA it returns while the device still works."""
@@ -169,18 +178,16 @@ class Staging:
         return Passed(arrived, host_s, tuple(spans), arrived=marks[5], kept=vectors)
 
     def _fill(self, slot: _Slot, images: Sequence["Decoded | OnDevice"]) -> None:
-        """One host copy an image, then one of them all to the device; rows decoded there are put between them."""
-        here = [row for row, image in enumerate(images) if isinstance(image, Decoded)]
+        """One host copy an image, then one of them all to the device; those decoded there lie between them."""
+        here = [image.pixels for image in images if isinstance(image, Decoded)]
         if here:
-            np.stack([images[row].pixels for row in here], out=slot.array[: len(here)])
+            np.stack(here, out=slot.array[: len(here)])
         if len(here) == len(images):
             self._cuda.copy(slot.there[: len(here)], slot.host[: len(here)])
             return
-        for place, row in enumerate(here):
-            self._cuda.copy(slot.there[row], slot.host[place])
-        assert self._images is not None
-        there = [(row, image) for row, image in enumerate(images) if not isinstance(image, Decoded)]
-        self._images.resize_into(slot.there, there)
+        pinned = iter(slot.host)
+        for row, image in zip(slot.there, images, strict=False):
+            self._cuda.copy(row, next(pinned) if isinstance(image, Decoded) else image.pixels)
 
     def _fetched(self, tensor: torch.Tensor) -> torch.Tensor:
         host = self._cuda.pinned(tensor.shape, tensor.dtype)
@@ -196,7 +203,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a smaller batch may help: torch's own error, or that of a library beneath it, by its message."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return re.search(r"out of memory|(CUDNN|CUBLAS|CUSOLVER)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)", str(error)) is not None
+    return LIBRARY_LACKS_MEMORY.search(str(error)) is not None
 
 
 @contextmanager
@@ -224,11 +231,11 @@ def _free(device: torch.device) -> str:
 
 
 def why_no_cuda() -> str:
-    """The reason that CUDA gives itself, as a missing driver; empty where it gives none."""
+    """The reason that CUDA gives itself, as a missing driver, in brackets; empty where it gives none."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as e:
-        return _line(e)
+        return f" ({_line(e)})"
     return ""
 
 

@@ -12,19 +12,20 @@ import platform
 import queue
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from pipeline.backbone import Backbone
 from pipeline.config import Adapt, VectorSet
+from pipeline.cuda_images import DeviceImages, Jpeg, OnDevice
 from pipeline.device import Passed, Staging
 from pipeline.errors import Reject, StorageError
 from pipeline.feed import Ended, Fed, Outcome
 from pipeline.flow import Flow
-from pipeline.images import Decoded
+from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard
 from pipeline.output import Root
 from pipeline.rows import NotFinite, ShardWriter
@@ -50,6 +51,7 @@ class Job:
     batch_size: int | None
     decode_threads: int
     torch_threads: int
+    gpu_share: float = 1.0  # of a device, that this process may take of its memory
     feeders: int = 0  # processes that read and decode for this one; 0: it does so itself
 
 
@@ -100,7 +102,7 @@ class Work:
     shard: Shard
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     samples: list[Sample] = field(default_factory=list)
-    decoded: list[Decoded] = field(default_factory=list)
+    decoded: list[Decoded | Jpeg] = field(default_factory=list)
     writer: ShardWriter | None = None
     error: str | None = None
 
@@ -128,7 +130,7 @@ class Embedder:
     def __init__(self, job: Job, backbone: Backbone, feed: Feed):
         self.job, self.backbone, self.activity = job, backbone, Activity()
         self._root, self._feed = Root(job.output), feed
-        self._staging = Staging(backbone)
+        self._staging = Staging(backbone, _device_images(job.vectors, backbone))
 
     def __call__(self, shards: Iterable[Shard | None], done: Callable[[Receipt], None]) -> None:
         """`done` gets one receipt a shard as each is published, from a thread of ours.
@@ -201,9 +203,7 @@ class Embedder:
     def _take(self, flow: Flow, work: Work, sample: Sample, outcome: Outcome, to_write: "queue.Queue[Any]") -> None:
         work.seconds["decode"] += outcome.decode_s
         if isinstance(outcome.result, Reject):
-            self._at("write", work.shard.name)
-            flow.put(to_write, (work, Refused(sample, outcome.result, outcome.size)))
-            self.activity.add(work.shard.name, rejects=1)
+            self._refuse(flow, work, Refused(sample, outcome.result, outcome.size), to_write)
         else:
             work.samples.append(sample)
             work.decoded.append(outcome.result)
@@ -211,15 +211,35 @@ class Embedder:
     def _send(self, flow: Flow, work: Work, to_write: "queue.Queue[Any]") -> None:
         samples, decoded = work.samples, work.decoded
         work.samples, work.decoded = [], []
-        if work.error is None:
-            batch = self._batch(work, samples, decoded)
+        if work.error is not None:
+            return
+        kept: list[tuple[Sample, Decoded | OnDevice]] = []
+        for sample, given, image in zip(samples, decoded, self._on_device(work, decoded), strict=True):
+            if isinstance(image, Reject):
+                self._refuse(flow, work, Refused(sample, image, len(cast(Jpeg, given).data)), to_write)
+            else:
+                kept.append((sample, image))
+        if kept:
+            self._at("forward", work.shard.name)
+            sizes = [(image.width, image.height) for _, image in kept]
+            batch = Batch([sample for sample, _ in kept], sizes, self._staging([image for _, image in kept]))
             self._at("write", work.shard.name)
             flow.put(to_write, (work, batch))
-            self.activity.add(work.shard.name, images=len(samples))
+            self.activity.add(work.shard.name, images=len(kept))
 
-    def _batch(self, work: Work, samples: list[Sample], decoded: list[Decoded]) -> Batch:
-        self._at("forward", work.shard.name)
-        return Batch(samples, [(d.width, d.height) for d in decoded], self._staging(decoded))
+    def _on_device(self, work: Work, images: list[Decoded | Jpeg]) -> Sequence[Decoded | OnDevice | Reject]:
+        if not any(isinstance(image, Jpeg) for image in images):
+            return cast(list[Decoded], images)
+        self._at("decode", work.shard.name)
+        started = time.perf_counter()
+        decoded = self._staging.decoded(images)
+        work.seconds["decode"] += time.perf_counter() - started
+        return decoded
+
+    def _refuse(self, flow: Flow, work: Work, refused: Refused, to_write: "queue.Queue[Any]") -> None:
+        self._at("write", work.shard.name)
+        flow.put(to_write, (work, refused))
+        self.activity.add(work.shard.name, rejects=1)
 
     # writer thread
 
@@ -277,6 +297,13 @@ class Embedder:
         except NotFinite as e:
             work.error = f"forward: {e}"
         work.seconds["write"] += time.perf_counter() - started
+
+
+def _device_images(vectors: VectorSet, backbone: Backbone) -> DeviceImages | None:
+    if vectors.decode != "cuda":
+        return None
+    cpu = Decoder(vectors.preprocessing, exif_orientation=vectors.exif_orientation, how=vectors.decode)
+    return DeviceImages(vectors.preprocessing, backbone.device, cpu)
 
 
 def worker_name() -> str:

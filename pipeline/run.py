@@ -112,6 +112,10 @@ def plan(config: RunConfig) -> Run:
     device = backbone.resolve_device(config.device)
     if device == "cpu" and config.gpus_per_actor:
         raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
+    if config.decode == "cuda" and device == "cpu":
+        raise UsageError("--decode cuda: the device is the CPU; --decode fast decodes there")
+    if config.decode == "cuda" and config.feeders:
+        raise UsageError(f"--decode cuda: --feeders {config.feeders} send decoded images; use --decode fast with them")
     precision = backbone.resolve_precision(config.precision, device)
     module = weights.load_module(config.model, config.weights, config.adapt)
     facts = backbone.facts_of(module, config.model, config.outputs or (), config.feature_indices, config.feature_names)
@@ -199,7 +203,9 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             device=run.device,
             batch_size=run.config.batch_size,
             decode_threads=run.threads,
-            torch_threads=run.threads,
+            # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
+            torch_threads=1 if run.device == "cuda" else run.threads,
+            gpu_share=min(1.0, gpus or 1 / size[1]),
             feeders=-(-run.config.feeders // size[1]),
         )
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
