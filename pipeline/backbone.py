@@ -190,8 +190,9 @@ class Backbone:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
+            torch.backends.cudnn.allow_tf32 = False  # by default fp32 convolutions are of 10 bits there
             with out_of_memory_explained(self.device, "the model"):
-                room = limit_memory(self.device, share)
+                allowed = limit_memory(self.device, share)
                 module = module.to(self.device)
         self._module = module.eval()
         self._layout = torch.preserve_format
@@ -209,7 +210,7 @@ class Backbone:
             settings = {"precision": precision, "engine": "eager", "share": share, "asked": batch_size}
             outputs = [self._top, *((f.kind, f.source, f.dtype) for f in tensors)]
             key = tuning.key_of(module, self.device, size=self.preprocessing.input_size, outputs=outputs, **settings)
-            found = tuning.tuned(key, lambda: self._searched(batch_size, room))
+            found = tuning.tuned(key, lambda: self._searched(batch_size, allowed))
             self.batch_size = found.batch_size
             self._lay_out(found.channels_last)
             self._tuning = key if batch_size is None else None
@@ -273,12 +274,12 @@ class Backbone:
         ordered, index = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
         return Vectors(embedding, norm, index[:, : self._top], ordered[:, : self._top], columns)
 
-    def _searched(self, batch_size: int | None, room: int) -> tuning.Tuned:
+    def _searched(self, batch_size: int | None, allowed: int) -> tuning.Tuned:
         """The batch size, unless it is given, and then the layout of its memory that this device is faster with."""
-        best = batch_size or tuning.best_batch_size(lambda size: self._images_per_s(size, room))
-        plain = self._images_per_s(best, room)
+        best = batch_size or tuning.best_batch_size(lambda size: self._images_per_s(size, allowed))
+        plain = self._images_per_s(best, allowed)
         self._lay_out(channels_last=True)
-        channels_last = self._images_per_s(best, room) > plain * tuning.WORTH_CHANNELS_LAST
+        channels_last = self._images_per_s(best, allowed) > plain * tuning.WORTH_CHANNELS_LAST
         self._lay_out(channels_last=False)
         return tuning.Tuned(best, channels_last)
 
@@ -286,14 +287,14 @@ class Backbone:
         self._layout = torch.channels_last if channels_last else torch.preserve_format
         self._module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-    def _images_per_s(self, batch_size: int, room: int) -> float:
-        """Speed of the forward pass alone, 0 where it does not fit into `room` bytes of the device."""
+    def _images_per_s(self, batch_size: int, allowed: int) -> float:
+        """Speed of the forward pass alone, 0 where it does not fit into the `allowed` bytes."""
         kept, self.batch_size = self.batch_size, batch_size
         try:
             # Of noise: matrix products of zeros are a tenth faster.
             size = (batch_size, *self.preprocessing.input_size)
             images = torch.randint(0, 256, size, dtype=torch.uint8, device=self.device)
-            return tuning.images_per_s(lambda: self._forward(images), batch_size, self.device, room)
+            return tuning.images_per_s(lambda: self._forward(images), batch_size, self.device, allowed)
         finally:
             self.batch_size = kept
 

@@ -240,7 +240,7 @@ def why_no_cuda() -> str:
 
 
 def limit_memory(device: torch.device, share: float) -> int:
-    """Bytes that this process may take of the device; of less than a whole one, torch then refuses to take more.
+    """Bytes that this process may hold of the device; of less than a whole one, torch then refuses to take more.
 
     `share`: of the device, as `--gpus-per-actor`. The processes that share one cannot know of each other's peaks, so
     each keeps to its own part: an out-of-memory then is of that process's own making, and halving its batch helps.

@@ -25,7 +25,7 @@ CUDA_BATCHES = (64, 128, 256, 512, 1024, 2048, MAX_BATCH)
 WORTH_DOUBLING = 1.05  # a larger batch is taken while it gives at least 5 % more images/s
 WORTH_CHANNELS_LAST = 1.03  # … and the other layout where it gives 3 %: timing alone moves by one or two
 TIMED = 4  # passes, after two that let the libraries choose their kernels
-# Of the memory that a process may take: the rest is for the ring, for results on their way and for fragments.
+# Of the memory that is left beside the model: the rest is for the ring, for results on their way and for fragments.
 ROOM_USED = 0.8
 
 
@@ -104,10 +104,15 @@ def best_batch_size(images_per_s: Callable[[int], float]) -> int:
     return best
 
 
-def images_per_s(forward: Callable[[], Any], images: int, device: torch.device, room: int) -> float:
-    """Speed of a forward pass of so many images; 0 where it does not fit, or leaves too little of `room` bytes."""
+def images_per_s(forward: Callable[[], Any], images: int, device: torch.device, allowed: int) -> float:
+    """Speed of a forward pass of so many images; 0 where it does not fit, or leaves too little room.
+
+    `allowed`: bytes that this process may hold in all, its model too.
+    """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_reserved(device)
+    room = min(torch.cuda.mem_get_info(device)[0], allowed - held)
     try:
         forward()
         forward()
@@ -121,7 +126,8 @@ def images_per_s(forward: Callable[[], Any], images: int, device: torch.device, 
             raise
         return 0.0
     seconds = time.perf_counter() - started
-    return TIMED * images / seconds if torch.cuda.max_memory_reserved(device) <= ROOM_USED * room else 0.0
+    taken = torch.cuda.max_memory_reserved(device) - held
+    return TIMED * images / seconds if taken <= ROOM_USED * room else 0.0
 
 
 def _path(key: dict[str, Any]) -> Path:

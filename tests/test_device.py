@@ -469,7 +469,7 @@ def test_cuda_tells_its_seconds(cache: Path) -> None:
         one.to_numpy()
     wall = time.perf_counter() - started
     seconds = [one.seconds() for one in passed]
-    assert all(0 < s["forward"] and 0 < s["transfer"] for s in seconds)
+    assert all(s["forward"] > 0 and s["transfer"] > 0 for s in seconds)
     assert sum(s["forward"] for s in seconds) < 1.05 * wall
 
 
