@@ -19,7 +19,7 @@ from pictures import broken, jpeg, oriented, photo, png, sound
 from PIL import Image
 from test_device import LazyCuda
 
-from pipeline import cuda_images, embed, run
+from pipeline import cuda_images, embed
 from pipeline.backbone import Backbone
 from pipeline.config import RunConfig
 from pipeline.cuda_images import (
@@ -282,6 +282,9 @@ def test_the_pipeline_gives_the_files_of_exact(tmp_path: Path, monkeypatch: pyte
 def test_decoding_on_a_device_needs_one(tmp_path: Path) -> None:
     """--decode cuda on the CPU, or with feeders, ends before any work."""
     write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})
+    pytest.importorskip("ray")
+    from pipeline import run
+
     config = RunConfig(
         inputs=(str(tmp_path / "in"),), output=str(tmp_path / "out"), model=made.MODEL, weights="random:0",
         decode="cuda", device="cpu",
