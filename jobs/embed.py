@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from jobs import exits
+from pipeline import head
 from pipeline.errors import UsageError
 
 
@@ -113,7 +114,10 @@ def embed(
             exits.print_json(result.json)
         return result.exit_code
 
-    exits.run(body, json)
+    with head.starting(
+        not dry_run and head.is_early(output), max(0, feeders)
+    ):  # Ray, while torch and timm are imported
+        exits.run(body, json)
 
 
 def _refuse_unavailable(*, engine: str, ray_address: str | None) -> None:

@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import platform
-import secrets
 import signal
 import sys
 import threading
@@ -18,14 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Read when Ray is imported: no telemetry, no chatter, and a token of this run's own. Without it Ray writes one to the
-# user's home, which a later `ray start` then asks for; with authentication off any process that reaches its port may
-# run code here.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+from pipeline import head
 
+# isort: split
+# After `head`, whose settings are read when Ray is imported.
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -37,8 +32,6 @@ from pipeline.feed import LocalFeed
 from pipeline.feeders import RemoteFeed
 from pipeline.listing import Shard
 
-OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
-FEEDER_BYTES = 64 * 2**20  # … and, of each feeder, the chunks under way
 # One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
 # has a model and an interpreter of its own; 3 GB leave room beside pit_b's whole run of two, 4.8 GB with the driver.
 CPU_ACTOR_BYTES = 3 * 2**30
@@ -67,9 +60,14 @@ def local_ray(feeders: int = 0) -> Iterator[None]:
     ours = not ray.is_initialized()
     terminated = signal.getsignal(signal.SIGTERM)
     # Ray reports dead workers on stdout, which belongs to results; the run says so itself.
-    with _native_stderr_silenced(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    with (
+        head.starting(feeders=feeders),
+        _native_stderr_silenced(),
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+    ):
         try:
-            start_ray(feeders)
+            start_ray()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, terminated)  # Ray puts its own there, which exits with 15
             yield
@@ -78,22 +76,12 @@ def local_ray(feeders: int = 0) -> Iterator[None]:
                 ray.shutdown()
 
 
-def start_ray(feeders: int = 0) -> None:
-    """Starts Ray unless it runs here already."""
+def start_ray() -> None:
+    """Connects to the Ray that `head` starts, unless there is one here already."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\..*")
     if not ray.is_initialized():
-        # The workers import the checkout or the installation that this process runs from.
-        home = str(Path(__file__).resolve().parent.parent)
-        inherited = os.environ.get("PYTHONPATH", "")
-        os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (home, inherited) if p)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES + feeders * FEEDER_BYTES,
-        )
+        ray.init(address=head.address(), log_to_driver=False, logging_level=logging.ERROR)
 
 
 @contextmanager

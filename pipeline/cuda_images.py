@@ -268,9 +268,9 @@ class DeviceResizer:
             levels = resize(levels, self._weights(length, side))
         _, model_height, model_width = self._settings.input_size
         placed = images.new_empty(*images.shape[:2], model_height, model_width)
-        if (down.count, across.count) != (model_height, model_width):
+        if (down.kept, across.kept) != (model_height, model_width):
             placed[:] = self._fill
-        placed[..., down.put : down.put + down.count, across.put : across.put + across.count] = levels
+        placed[..., down.put : down.put + down.kept, across.put : across.put + across.kept] = levels
         return placed
 
     def _across(self, levels: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:

@@ -27,10 +27,11 @@ from pipeline.feed import Ended, Fed, Outcome
 from pipeline.flow import Flow
 from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard
+from pipeline.lists import ShardFiles
 from pipeline.output import Root
 from pipeline.rows import NotFinite, ShardWriter
 from pipeline.shards import Sample
-from pipeline.versions import ShardFiles, publish, published
+from pipeline.versions import publish, published
 
 WRITES_WAITING = 4  # batches of vectors between device and writer …
 WAITING_BYTES = 128 * 2**20  # … and fewer where tokens or feature maps make them large

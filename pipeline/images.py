@@ -1,9 +1,10 @@
 """Image bytes become one uint8 image of the model's size and channels, or a `Reject` that says why not.
 
 What enters was made by strangers: it may be empty, cut, a web page, or a bomb of a few kilobytes. What leaves is
-bit-equal to timm's own evaluation transform, short of its last step (divide by 255, subtract the mean, divide by the
-standard deviation), which belongs on the device. Refused are formats that Pillow cannot decode by itself, damaged
-files, and pixel counts or shapes that would cost gigabytes.
+timm's own evaluation transform of it, to the bit or within `resizing.BOUNDS`, short of its last step (divide by 255,
+subtract the mean, divide by the standard deviation), which belongs on the device. Usual JPEGs go through `jpegs`, all
+else, and whatever is odd about one, through Pillow; which way it was shows in no pixel and no reject. Refused are
+formats that Pillow cannot decode by itself, damaged files, and pixel counts or shapes that would cost gigabytes.
 """
 
 import contextlib
@@ -138,7 +139,7 @@ class Decoder:
     def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True, how: str = "exact"):
         """`exif_orientation`: turn images upright as `PIL.ImageOps.exif_transpose` does; else leave them as stored.
 
-        `how`: `--decode`. `exact` is bit-equal to timm, `fast` at most two levels off, `scaled` as `jpegs` says.
+        `how`: `--decode`. `exact`, `fast` or `scaled`, within what `resizing.BOUNDS` says of it.
         """
         from timm.data import create_transform  # here: it takes seconds, and verbs that only read need none of it
 
@@ -178,7 +179,7 @@ class Decoder:
         _refuse_large(*size)
         if not frame.is_one_pass:
             _refuse_scans(data)
-        turn = UPRIGHT.get(frame.orientation) if self.exif_orientation else None
+        turn = UPRIGHT.get(frame.orientation or 1) if self.exif_orientation else None
         upright = size[::-1] if turn in SWAPS else size
         with _room(frame.width * frame.height):
             factor = self._resizer.factor(*upright) if self.how == "scaled" and self._is_fast else 1

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.embed import STAGES, Receipt
 from pipeline.errors import StorageError
 from pipeline.output import Root
+from pipeline.rows import Counts
 
 LINE_EVERY_S = 10.0  # without a terminal
 NOTE_EVERY_S = 10.0
@@ -186,21 +186,44 @@ class Speed:
     sentence: str
 
 
-def speed(receipts: Sequence[Receipt], decode_threads: int) -> Speed:
-    """What the run reached and which stage was busiest: seconds at work by seconds that its threads had."""
-    done = [r for r in receipts if r.embedded and r.files]
-    if not done:
-        return Speed(0.0, "nothing to do", "nothing to embed: every shard was done")
-    images_per_s = capacity_s = 0.0
-    for worker in {r.worker for r in done}:
-        own = [r for r in done if r.worker == worker]
-        span = max(1e-3, max(r.ended for r in own) - min(r.started for r in own))
-        images_per_s += sum(r.files.counts.samples for r in own if r.files) / span
-        capacity_s += span
-    threads = {"read": 1, "decode": decode_threads, "transfer": 1, "forward": 1, "write": 1}
-    busy = {s: sum(r.seconds[s] for r in done) / (capacity_s * threads[s]) for s in STAGES}
-    limit = max(busy, key=lambda s: busy[s])
-    others = ", ".join(f"{s} {busy[s]:.0%}" for s in STAGES if s != limit)
-    return Speed(
-        images_per_s, limit, f"{images_per_s:,.1f} images/s, limited by {limit} ({busy[limit]:.0%} busy; {others})"
-    )
+class Sums:
+    """What a run's receipts add up to, so that none of them need be kept."""
+
+    def __init__(self) -> None:
+        self.receipts = 0
+        self.shards = 0  # that have files now
+        self.counts = Counts()  # of these
+        self.samples = 0  # without those that another driver was faster with
+        self.bytes_read = 0
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._workers: dict[str, tuple[float, float]] = {}  # first start, last end
+        self._samples: dict[str, int] = {}  # by worker
+
+    def add(self, receipt: Receipt) -> None:
+        self.receipts += 1
+        self.bytes_read += receipt.bytes_read
+        for stage in STAGES:
+            self.seconds[stage] += receipt.seconds[stage]
+        if receipt.files:
+            self.shards += 1
+            self.counts.add(receipt.files.counts)
+        if receipt.files and receipt.embedded:
+            samples, worker = receipt.files.counts.samples, receipt.worker
+            self.samples += samples
+            self._samples[worker] = self._samples.get(worker, 0) + samples
+            first, last = self._workers.get(worker, (receipt.started, receipt.ended))
+            self._workers[worker] = min(first, receipt.started), max(last, receipt.ended)
+
+    def speed(self, decode_threads: int) -> Speed:
+        """What the run reached and which stage was busiest: seconds at work by seconds that its threads had."""
+        if not self._workers:
+            return Speed(0.0, "nothing to do", "nothing to embed: every shard was done")
+        spans = {worker: max(1e-3, last - first) for worker, (first, last) in self._workers.items()}
+        images_per_s = sum(self._samples[worker] / span for worker, span in spans.items())
+        threads = {"read": 1, "decode": decode_threads, "transfer": 1, "forward": 1, "write": 1}
+        busy = {s: self.seconds[s] / (sum(spans.values()) * threads[s]) for s in STAGES}
+        limit = max(busy, key=lambda s: busy[s])
+        others = ", ".join(f"{s} {busy[s]:.0%}" for s in STAGES if s != limit)
+        return Speed(
+            images_per_s, limit, f"{images_per_s:,.1f} images/s, limited by {limit} ({busy[limit]:.0%} busy; {others})"
+        )

@@ -4,17 +4,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import actors, backbone, versions, weights
+from pipeline import actors, backbone, head, versions, weights
 from pipeline.config import OUTPUTS, RunConfig, VectorSet
 from pipeline.embed import STAGES, Job, Receipt
 from pipeline.errors import StorageError, UsageError
+from pipeline.journal import Journal
 from pipeline.listing import Shard, check_columns, list_shards
+from pipeline.lists import FileList
 from pipeline.output import Root
-from pipeline.progress import Display, Note, State, speed
+from pipeline.progress import Display, Note, State, Sums
 from pipeline.storage import digest, redact
 from pipeline.watch import Failed, Stalled, watch
 
@@ -43,7 +45,8 @@ class Run:
     todo: list[Shard]
     removed: list[str]
     started: float  # time.monotonic()
-    receipts: list[Receipt] = field(default_factory=list)
+    journal: Journal
+    sums: Sums = field(default_factory=Sums)
     failed: list[Receipt] = field(default_factory=list)
     threads: int = 1  # that decode, of each actor
 
@@ -66,6 +69,12 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
 
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
     """
+    is_early = not config.dry_run and head.is_early(config.output)
+    with head.starting(is_early, config.feeders):  # Ray, while the input is listed and the model loaded
+        return _embed(config, say)
+
+
+def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
     run = plan(config)
     if config.dry_run:
         say(_describe(run))
@@ -75,7 +84,7 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
     say(_describe(run))
     state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
     note = Note(run.root, state)
-    files: list[versions.ShardFiles] = []
+    files = FileList.of([])
     try:
         with _terminated_as_interrupted():
             if run.todo:
@@ -98,6 +107,7 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
         report = _report(run, files, version)
         what = f"version {version.version} of {run.root.url}" if version else f"metrics of {run.vectors.name}"
         ended = Result(COMMITTED, f"{what}: {_summary(report)}", report)
+    run.journal.put()
     state.result = ended.json or _report(run, files, None)
     note.close(ENDS[ended.exit_code])
     return replace(ended, json=state.result)
@@ -156,6 +166,7 @@ def plan(config: RunConfig) -> Run:
         todo=sorted(todo, key=lambda s: (-s.size, s.name)),
         removed=versions.removed(root, before, vectors.name, {s.name for s in shards}),
         started=started,
+        journal=Journal(root, vectors.name),
     )
 
 
@@ -210,7 +221,9 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
         )
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
             for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
-                run.receipts.append(receipt)
+                run.sums.add(receipt)
+                if receipt.files:
+                    run.journal.add(receipt.files)
                 if receipt.error:
                     run.failed.append(receipt)
                     say(f"shard {receipt.shard} failed: {receipt.error}")
@@ -220,7 +233,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
 
 def _check_failures(run: Run, finished: bool = False) -> None:
     failed = run.failed
-    if failed and (finished or (len(failed) >= FAILED_SHARDS and len(failed) > len(run.receipts) / 2)):
+    if failed and (finished or (len(failed) >= FAILED_SHARDS and len(failed) > run.sums.receipts / 2)):
         raise Failed(f"{len(failed)} of {len(run.todo)} shards failed, the first one with: {failed[0].error}")
 
 
@@ -237,16 +250,15 @@ class _terminated_as_interrupted:
             signal.signal(signal.SIGTERM, self._before)
 
 
-def _collect(run: Run) -> list[versions.ShardFiles]:
-    """The files of all shards: by receipt, else by the version before, else by their own footers."""
+def _collect(run: Run) -> FileList:
+    """The files of all shards: by receipt, of this run or an unfinished one, by the version before, else by footers."""
     before = versions.read_version(run.root)
-    listed = versions.read_list(run.root, before) if before and before.set == run.vectors.name else []
-    known = {f.embeddings: f for f in [*listed, *(r.files for r in run.receipts if r.files)]}
-    return versions.collect(run.root, run.vectors.folder, run.shards, known)
+    listed = versions.read_list(run.root, before) if before and before.set == run.vectors.name else FileList.of([])
+    return versions.collect(run.root, run.vectors.folder, run.shards, run.journal.read() + listed)
 
 
-def _gate(config: RunConfig, files: Sequence[versions.ShardFiles]) -> None:
-    total = versions.totals(files)
+def _gate(config: RunConfig, files: FileList) -> None:
+    total = files.totals
     if total.samples and total.rejected > config.max_reject_rate * total.samples:
         raise Refused(
             f"{total.rejected} of {total.samples} samples were rejected ({total.rejected / total.samples:.2%}, "
@@ -254,7 +266,7 @@ def _gate(config: RunConfig, files: Sequence[versions.ShardFiles]) -> None:
         )
 
 
-def _commit(run: Run, files: Sequence[versions.ShardFiles], say: Callable[[str], None]) -> versions.Version | None:
+def _commit(run: Run, files: FileList, say: Callable[[str], None]) -> versions.Version | None:
     """The version; None where metrics alone would take the place of vectors that readers use."""
 
     def stays(before: versions.Version) -> bool:
@@ -263,7 +275,9 @@ def _commit(run: Run, files: Sequence[versions.ShardFiles], say: Callable[[str],
         return run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before)
 
     version = versions.commit(run.root, run.vectors.name, files, stays)
-    if version is None:
+    if version:
+        run.journal.drop()
+    else:
         say("the current version and its vectors stay: metrics make no version beside them")
     return version
 
@@ -274,7 +288,9 @@ def _has_changed(run: Run) -> str:
         now = _list(run.config, run.root)
     except UsageError as e:
         return f"the input cannot be listed again ({e})"
-    is_same = [(s.name, s.etag) for s in now] == [(s.name, s.etag) for s in run.shards]
+    is_same = len(now) == len(run.shards) and all(
+        (a.name, a.etag) == (b.name, b.etag) for a, b in zip(now, run.shards, strict=True)
+    )
     return "" if is_same else "the input has changed"
 
 
@@ -282,12 +298,11 @@ def _reasons(rejects: dict[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in sorted(rejects.items(), key=lambda r: (-r[1], r[0]))) or "none"
 
 
-def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Version | None) -> dict[str, Any]:
+def _report(run: Run, files: FileList, version: versions.Version | None) -> dict[str, Any]:
     """The object of `embed --json`; counts are over all shards of the result, speed over what this run embedded."""
-    embedded = [r.files for r in run.receipts if r.files]
-    ours = [r.files for r in run.receipts if r.files and r.embedded]  # without what another driver was faster with
-    total = versions.totals(files or embedded)
-    pace = speed(run.receipts, run.threads)
+    sums = run.sums
+    total = files.totals if files else sums.counts
+    pace = sums.speed(run.threads)
     seconds = time.monotonic() - run.started
     accuracy: dict[str, Any] = {}
     if total.labelled or run.config.only_metrics:
@@ -300,7 +315,7 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
         "version": version.version if version else None,
         "output": run.root.url,
         "shards": len(run.shards),
-        "shards_embedded": len(embedded),
+        "shards_embedded": sums.shards,
         "shards_unchanged": len(run.shards) - len(run.todo),
         "shards_removed": len(run.removed),
         "samples": total.samples,
@@ -308,11 +323,11 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
         "rejects": dict(sorted(total.rejects.items())),
         "seconds": round(seconds, 3),
         "images_per_s": round(pace.images_per_s, 2),
-        "images_per_s_all_in": round(sum(f.counts.samples for f in ours) / seconds, 2),
+        "images_per_s_all_in": round(sums.samples / seconds, 2),
         "limited_by": pace.limited_by,
         "speed": pace.sentence,
-        "stage_seconds": {s: round(sum(r.seconds[s] for r in run.receipts), 3) for s in STAGES},
-        "bytes_read": sum(r.bytes_read for r in run.receipts),
+        "stage_seconds": {s: round(sums.seconds[s], 3) for s in STAGES},
+        "bytes_read": sums.bytes_read,
         "failed": [{"shard": r.shard, "error": r.error} for r in run.failed],
         "removed": run.removed,
         **accuracy,

@@ -157,10 +157,11 @@ def test_pngs_with_two_headers_give_pixels_or_a_reject() -> None:
     assert reasons["unsupported"] > 0
 
 
-def test_large_images_wait_for_each_other_and_small_ones_do_not() -> None:
+@pytest.mark.parametrize(("mode", "form", "how"), [("1", "PNG", "exact"), ("L", "JPEG", "fast")])
+def test_large_images_wait_for_each_other_and_small_ones_do_not(mode: str, form: str, how: str) -> None:
     """While one image of over 32 Mpx is decoded, another waits; small images go on."""
-    decode = decoder()
-    large = pictures.encoded(Image.new("1", (8000, 4001)), "PNG")
+    decode = decoder(how=how)
+    large = pictures.encoded(Image.new(mode, (8000, 4001)), form)
     with ThreadPoolExecutor(1) as threads:
         with images._one_large_image:
             waiting = threads.submit(decode, large)

@@ -210,7 +210,9 @@ def test_the_command_lines_vectors_are_timms(model: str, shards: Path, tmp_path:
     write_tar(tmp_path / "x.tar", [*list(members.items())[:3], ("photo_2.cls", b"5"), *list(members.items())[3:]])
     args = ["embed", "--input", tmp_path / "x.tar", "--output", tmp_path / "out", "--model", model]
     args += ["--outputs", "classes,tokens,features", "--feature-indices", "2,0"]
-    code, out, err = call(*args, "--weights", "random:0", "--precision", "fp32", "--decode", "exact", "--batch-size", 3, "--json")
+    code, out, err = call(
+        *args, "--weights", "random:0", "--precision", "fp32", "--decode", "exact", "--batch-size", 3, "--json"
+    )
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["rows"] == 4
     want = oracle.expected(model, images)

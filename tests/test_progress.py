@@ -10,10 +10,10 @@ import pytest
 
 from pipeline import progress
 from pipeline.embed import STAGES, Receipt
+from pipeline.lists import ShardFiles
 from pipeline.output import Root
-from pipeline.progress import Display, Note, State, is_alive, read_notes, speed
+from pipeline.progress import Display, Note, Speed, State, Sums, is_alive, read_notes
 from pipeline.rows import Counts
-from pipeline.versions import ShardFiles
 
 
 def receipt(worker: str, start: float, end: float, rows: int, rejects: int = 0, **seconds: float) -> Receipt:
@@ -31,6 +31,13 @@ def receipt(worker: str, start: float, end: float, rows: int, rejects: int = 0, 
         ended=end,
         worker=worker,
     )
+
+
+def speed(receipts: list[Receipt], decode_threads: int) -> Speed:
+    sums = Sums()
+    for one in receipts:
+        sums.add(one)
+    return sums.speed(decode_threads)
 
 
 def test_the_steady_rate_is_the_sum_of_the_workers_own() -> None:
