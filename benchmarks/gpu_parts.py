@@ -155,14 +155,13 @@ def _by_command(setting: Setting, model: str, how: str, inputs: Path, output: Pa
     if run.returncode:
         raise RuntimeError(run.stderr[-500:])
     said = json.loads(run.stdout.splitlines()[-1])
-    span_s = setting.processes * said["rows"] / said["images_per_s"]
     return {
         "by": "command line, Ray",
         "images": said["rows"],
         "images_per_s": said["images_per_s"],
         "limited_by": said["limited_by"],
         "speed": said["speed"],
-        "busy_percent": 100 * said["stage_seconds"]["forward"] / span_s,
+        "busy_percent": None if said.get("device_busy") is None else 100 * said["device_busy"],
         "gpu_percent": gpu.busiest,
         "stage_seconds": said["stage_seconds"],
     }
@@ -191,25 +190,24 @@ def _embed_share(setting: Setting, slot: int, wait: Callable[[], None], model: s
 
 
 def _rates(setting: Setting, receipts: list[Any], first: dict[str, Any]) -> dict[str, Any]:
-    from pipeline.embed import STAGES
-    from pipeline.progress import speed
+    from pipeline.machine import cores
+    from pipeline.speed import Means, Sums
 
-    told = speed(receipts, setting.threads)
-    spans = 0.0
-    for worker in {r.worker for r in receipts}:
-        own = [r for r in receipts if r.worker == worker]
-        spans += max(r.ended for r in own) - min(r.started for r in own)
-    seconds = {stage: sum(r.seconds[stage] for r in receipts) for stage in STAGES}
+    sums = Sums()
+    for receipt in receipts:
+        sums.add(receipt)
+    gpus = 1 / setting.processes if setting.device == "cuda" else 0.0
+    told = sums.speed(Means(cores=cores(), threads=setting.threads, gpus=gpus))
     return {
         "by": "plain processes",
         "images": sum(r.files.counts.rows for r in receipts),
         "images_per_s": told.images_per_s,
         "limited_by": told.limited_by,
         "speed": told.sentence,
-        "busy_percent": 100 * seconds["forward"] / spans,
+        "busy_percent": None if told.device_busy is None else 100 * told.device_busy,
         "gpu_percent": first["gpu_percent"],
         "batch": first["batch"],
-        "stage_seconds": seconds,
+        "stage_seconds": sums.stage_seconds,
     }
 
 

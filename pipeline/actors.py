@@ -26,15 +26,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.board import Board, Told
 from pipeline.config import RunConfig
-from pipeline.embed import Embedder, Feed, Job, Receipt, worker_name
+from pipeline.embed import Embedder, Feed, Job, Receipt, backbone_of, worker_name
 from pipeline.errors import UsageError
 from pipeline.feed import LocalFeed
 from pipeline.feeders import RemoteFeed
 from pipeline.listing import Shard
+from pipeline.machine import cpu_workers
 
-# One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
-# has a model and an interpreter of its own; 3 GB leave room beside pit_b's whole run of two, 4.8 GB with the driver.
-CPU_ACTOR_BYTES = 3 * 2**30
 # On a GPU, Python's lock is what one process cannot get past: 0.10 ms an image with the fast decode, 0.40 with Pillow's
 # (9,700 and 2,500 images/s at most), beside batching and the forward pass's launches. A core decodes 790 and 375
 # images/s of 500x375 pixels, so five threads keep the lock two fifths and three quarters busy. More than four actors
@@ -121,24 +119,12 @@ class EmbedShards:
         self._board, self._name = board, worker_name()
         self._deaths: dict[str, int] = {}
         _asked(board.start.remote(slot, self._name), None)  # first: loading the model may be what kills it
+        # Of its compiler, whose processes would stay beside each worker for what the driver has compiled already.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         import torch
 
-        from pipeline.backbone import load_backbone
-
         torch.set_num_threads(job.torch_threads)
-        vectors = job.vectors
-        backbone = load_backbone(
-            vectors.model,
-            Path(job.weights),
-            job.adapt,
-            precision=vectors.precision,
-            device=job.device,
-            classes=bool(vectors.top_k),
-            top_k=vectors.top_k,
-            batch_size=job.batch_size,
-            tensors=vectors.tensors,
-            share=job.gpu_share,
-        )
+        backbone = backbone_of(job)
         self._embedder = Embedder(job, backbone, self._feed(job, backbone.batch_size))
         threading.Thread(target=self._tick, daemon=True).start()
 
@@ -280,24 +266,28 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
 
 
+def cores() -> int:
+    """Of all machines that Ray has."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[int, int], float, int]:
     """(least, most) actors, GPUs of each, threads of each, on this machine.
 
     Threads go by all shards of the listing, not by those to do: a resumed run computes with as many as the first, so
     that its vectors have the same bits.
     """
-    resources = ray.cluster_resources()
-    cpus, memory = max(1, int(resources.get("CPU", 1))), int(resources.get("memory", 0))
+    resources, cpus = ray.cluster_resources(), cores()
     if device == "cuda":
-        gpus, default = _on_gpus(config, int(resources.get("GPU", 0)), cpus, memory)
+        gpus, default = _on_gpus(config, int(resources.get("GPU", 0)), cpus, int(resources.get("memory", 0)))
     else:
-        gpus, default = 0.0, max(1, min(cpus, memory // CPU_ACTOR_BYTES))
+        gpus, default = 0.0, cpu_workers(cpus, resources.get("memory", 0))
     least, most = config.actors or (default, default)
     if gpus and least * gpus > resources.get("GPU", 0):
         raise UsageError(f"--actors {least} with {gpus:g} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
     if config.feeders > cpus:
         raise UsageError(f"--feeders {config.feeders}: there are {cpus} CPUs, and each takes one")
-    threads = max(1, cpus // max(1, min(most, shards)))
+    threads = _threads_each(cpus, most, shards)
     most = max(1, min(most, todo))
     return (min(least, most), most), gpus, threads
 
@@ -313,3 +303,13 @@ def _on_gpus(config: RunConfig, gpus: int, cpus: int, memory: int) -> tuple[floa
         room = memory // max(1, gpus) // CUDA_ACTOR_BYTES
         on_each = max(1, min(cpus // max(1, gpus) // CUDA_ACTOR_THREADS, CUDA_ACTORS, room))
     return math.floor(GPU_UNITS / on_each) / GPU_UNITS, on_each * max(1, gpus)
+
+
+def likely_threads(config: RunConfig, shards: int) -> int:
+    """The threads of `size`, before there is a Ray to ask: where memory keeps workers away they become more."""
+    cpus = os.cpu_count() or 1
+    return _threads_each(cpus, config.actors[1] if config.actors else cpus, shards)
+
+
+def _threads_each(cpus: int, most: int, shards: int) -> int:
+    return max(1, cpus // max(1, min(most, shards)))

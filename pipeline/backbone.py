@@ -1,7 +1,8 @@
 """The timm model: a batch of uint8 images → embeddings, classes, tokens and feature maps, from one forward pass.
 
-The body runs in the precision asked for, the head, the softmax and the norm always in float32. On CUDA a short batch is
-padded to the full size: one shape, one set of kernels. On the CPU padding only costs (22 % of 50-image shards).
+The body runs in the precision asked for and in the engine asked for (`pipeline.engines`), the head, the softmax and the
+norm always in float32, in torch. On CUDA, and for engines that know one shape only, a short batch is padded to the full
+size. Else padding only costs (22 % of 50-image shards).
 """
 
 import threading
@@ -14,18 +15,17 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
-from pipeline import tuning
+from pipeline import engines, tuning
 from pipeline.config import Adapt, TensorColumn
 from pipeline.device import is_out_of_memory, limit_memory, out_of_memory_explained, why_no_cuda
 from pipeline.errors import StorageError, UsageError
-from pipeline.features import Taps, tensor_columns
+from pipeline.features import Body, Taps, tensor_columns
 from pipeline.images import Preprocessing
 from pipeline.storage import read_bytes, redact
 
 CPU_BATCH = 32  # pit_ti in bf16 on two cores: 81, 85, 88 images/s with 16, 32, 64; the middle spares memory …
 CPU_BATCH_PIXELS = CPU_BATCH * 384 * 384  # … and fewer of larger images
 TRUE_TOP = 5  # accuracy is counted at 1 and at 5, whatever --top-k says
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Vectors(NamedTuple):
@@ -159,7 +159,7 @@ def resolve_precision(precision: str, device: str) -> str:
     if precision != "auto":
         return precision
     if device == "cuda":
-        native = torch.cuda.get_device_capability()[0] >= 8
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if native else "fp32"
@@ -169,14 +169,16 @@ class Backbone:
     """One model on one device. Calls from several threads wait for each other: what hooks see belongs to one pass.
 
     `batch_size` None: found by timing on CUDA, 32 on the CPU (fewer of images above 384x384). A CUDA out-of-memory
-    halves it for good. `pad`: fill short batches up to it; by default on CUDA. `tensors`: the columns to give beside
-    the embedding. `share`: of a CUDA device, what this process may take of its memory.
+    halves it for good. `pad`: fill short batches up to it; by default on CUDA, and always where the engine is not
+    `eager`. `tensors`: the columns to give beside the embedding. `share`: of a CUDA device, what this process may take
+    of its memory. Raises `engines.Unavailable`.
     """
 
     def __init__(
         self,
         module: torch.nn.Module,
         *,
+        engine: str = "eager",
         precision: str = "fp32",
         device: str = "cpu",
         classes: bool = True,
@@ -196,24 +198,43 @@ class Backbone:
                 module = module.to(self.device)
         self._module = module.eval()
         self._layout = torch.preserve_format
-        self._dtype = DTYPES.get(precision)
         self._taps = Taps(self._module, tensors)
         self._one_pass = threading.Lock()
         self._top = max(top_k, TRUE_TOP) if classes else 0
         self._mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, -1, 1, 1)
         self._std = torch.tensor(self.preprocessing.std, device=self.device).view(1, -1, 1, 1)
         self._pad = self.device.type == "cuda" if pad is None else pad
+        self._body: Body = engines.Eager(self._taps, self.device, precision)
         _, height, width = self.preprocessing.input_size
         self.batch_size = batch_size or max(1, min(CPU_BATCH, CPU_BATCH_PIXELS // (height * width)))
         self._tuning: dict[str, Any] | None = None  # what the batch size found is remembered by
         if self.device.type == "cuda":
-            settings = {"precision": precision, "engine": "eager", "share": share, "asked": batch_size}
+            settings = {"precision": precision, "engine": engine, "share": share, "asked": batch_size}
             outputs = [self._top, *((f.kind, f.source, f.dtype) for f in tensors)]
             key = tuning.key_of(module, self.device, size=self.preprocessing.input_size, outputs=outputs, **settings)
-            found = tuning.tuned(key, lambda: self._searched(batch_size, allowed))
+            found = tuning.tuned(key, lambda: self._searched(engine, batch_size, allowed))
             self.batch_size = found.batch_size
             self._lay_out(found.channels_last)
             self._tuning = key if batch_size is None else None
+        self._engine, self._precision = engine, precision
+        self._start_engine()
+
+    @torch.inference_mode()
+    def _start_engine(self) -> None:
+        """Makes the engine's body for the batch size of now, or the next half of it that fits the memory."""
+        if self._engine == "eager":
+            return
+        self._pad = True
+        size = (self.batch_size, *self.preprocessing.input_size)
+        try:
+            batch = self.normalize(torch.zeros(size, dtype=torch.uint8))
+            self._body = engines.start(self._engine, self._module, self._taps, batch, precision=self._precision)
+            return
+        except torch.OutOfMemoryError:
+            if self.batch_size == 1:
+                raise
+        self._halve()  # here, where nothing holds what the attempt had taken
+        self._start_engine()
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (n, C, H, W) → float32, bit-equal to timm's ToTensor and Normalize."""
@@ -232,6 +253,7 @@ class Backbone:
                 part = self._forward_if_it_fits(chunk)
             if part is None:
                 self._halve()
+                self._start_engine()
                 continue
             parts.append(part)
             start += len(chunk)
@@ -259,24 +281,26 @@ class Backbone:
         if self._pad and n < self.batch_size:
             images = torch.cat([images, images.new_zeros(self.batch_size - n, *images.shape[1:])])
         x = self.normalize(images)
-        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
-            body = self._taps.body(x)
+        body, caught = self._body(x)
         body = _float32(body)
         embedding = self._module.forward_head(body, pre_logits=True).flatten(1)[:n]  # type: ignore[operator]
         norm = torch.linalg.vector_norm(embedding, dim=1)
         if not self._top and not self._taps.of_the_heads:
-            return Vectors(embedding, norm, None, None, self._taps.columns(body, n))
-        logits = self._taps.logits(body)[:n]
-        columns = self._taps.columns(body, n)
+            return Vectors(embedding, norm, None, None, self._taps.columns(body, caught, n))
+        logits, of_heads = self._taps.logits(body)
+        logits = logits[:n]
+        columns = self._taps.columns(body, caught | of_heads, n)
         if not self._top:
             return Vectors(embedding, norm, None, None, columns)
         # torch.topk leaves the order of equal scores open; a stable sort gives them by index.
         ordered, index = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
         return Vectors(embedding, norm, index[:, : self._top], ordered[:, : self._top], columns)
 
-    def _searched(self, batch_size: int | None, allowed: int) -> tuning.Tuned:
+    def _searched(self, engine: str, batch_size: int | None, allowed: int) -> tuning.Tuned:
         """The batch size, unless it is given, and then the layout of its memory that this device is faster with."""
         best = batch_size or tuning.best_batch_size(lambda size: self._images_per_s(size, allowed))
+        if engine != "eager":  # which compiles for one layout, the plain one
+            return tuning.Tuned(best, False)
         plain = self._images_per_s(best, allowed)
         self._lay_out(channels_last=True)
         channels_last = self._images_per_s(best, allowed) > plain * tuning.WORTH_CHANNELS_LAST

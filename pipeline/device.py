@@ -8,9 +8,8 @@ the CPU a batch is stacked and passed on, and that is all.
 """
 
 import re
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,11 @@ RING_BYTES = 2**30  # … and two of larger ones: 2048 images of 224x224 are 0.3
 CONTEXT_BYTES = 3 * 2**29
 # A handle that cannot be made is reported as not initialised.
 LIBRARY_LACKS_MEMORY = re.compile("out of memory|(CUDNN|CUBLAS|CUSOLVER)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)")
+Timed = Callable[[str], AbstractContextManager[Any]]
+
+
+def untimed(part: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass
@@ -37,8 +41,7 @@ class Passed:
     """One batch that has been, or on CUDA is being, through the backbone."""
 
     vectors: "Vectors"  # on the host; on CUDA not before `to_numpy` has waited for them
-    host_s: dict[str, float]  # by stage, of this process's threads
-    spans: tuple[tuple[str, Any, Any], ...] = ()  # stage, and the CUDA events around its work on the device
+    spans: tuple[tuple[str, Any, Any], ...] = ()  # a part, and the CUDA events around its work on the device
     arrived: Any = None  # the event after which the vectors are there
     kept: Any = None  # what the device still copies from
 
@@ -50,13 +53,13 @@ class Passed:
         return self.vectors.to_numpy()
 
     def seconds(self) -> dict[str, float]:
-        """By stage, once `to_numpy` has returned. On CUDA `forward` is the device's time, `transfer` that of copies.
+        """Of a CUDA device, once `to_numpy` has returned: its time for `forward`, and for `copy` there and back.
 
         Where several processes share a device, its time for one of them includes waiting for the others' kernels.
         """
-        total = dict(self.host_s)
-        for stage, begin, end in self.spans:
-            total[stage] = total.get(stage, 0.0) + begin.elapsed_time(end) / 1000
+        total: dict[str, float] = {}
+        for part, begin, end in self.spans:
+            total[part] = total.get(part, 0.0) + begin.elapsed_time(end) / 1000
         return total
 
 
@@ -140,42 +143,45 @@ class Staging:
         with self._cuda.on(self._cuda.incoming):
             return self._images(images)
 
-    def __call__(self, images: Sequence["Decoded | OnDevice"]) -> Passed:
-        """`images`: the backbone's batch size at most. On CUDA it returns while the device still works."""
-        return self._on_cuda(images) if self._cuda is not None else self._on_cpu(images)
+    def __call__(self, images: Sequence["Decoded | OnDevice"], timed: Timed = untimed) -> Passed:
+        """`images`: the backbone's batch size at most. On CUDA it returns while the device still works.
 
-    def _on_cpu(self, images: Sequence[Any]) -> Passed:
-        started = time.perf_counter()
-        vectors = self._backbone(torch.from_numpy(np.stack([image.pixels for image in images])))
-        return Passed(vectors, {"forward": time.perf_counter() - started})
+        `timed`: a context around what this thread does, by its part: `transfer`, then `forward`, or `launch` on CUDA.
+        """
+        return self._on_cuda(images, timed) if self._cuda is not None else self._on_cpu(images, timed)
 
-    def _on_cuda(self, images: Sequence["Decoded | OnDevice"]) -> Passed:
+    def _on_cpu(self, images: Sequence[Any], timed: Timed) -> Passed:
+        with timed("transfer"):
+            batch = torch.from_numpy(np.stack([image.pixels for image in images]))
+        with timed("forward"):
+            return Passed(self._backbone(batch))
+
+    def _on_cuda(self, images: Sequence["Decoded | OnDevice"], timed: Timed) -> Passed:
         cuda, n = self._cuda, len(images)
         slot = self._ring[self._next]
         self._next = (self._next + 1) % len(self._ring)
         if slot.free is not None:
             slot.free.synchronize()
-        started = time.perf_counter()
         marks = [cuda.event() for _ in range(6)]
-        with cuda.on(cuda.incoming):
+        with timed("transfer"), cuda.on(cuda.incoming):
             marks[0].record(cuda.incoming)
             self._fill(slot, images)
             marks[1].record(cuda.incoming)
-        host_s = {"transfer": time.perf_counter() - started}
         slot.free = marks[1]  # if the forward pass fails
-        computing = cuda.computing
-        computing.wait_event(marks[1])
-        marks[2].record(computing)
-        vectors = self._backbone(slot.there[:n]).mapped(torch.Tensor.contiguous)  # a strided copy would go in two
-        marks[3].record(computing)
-        slot.free = marks[3]
-        cuda.outgoing.wait_event(marks[3])
-        with cuda.on(cuda.outgoing):
-            marks[4].record(cuda.outgoing)
-            arrived = vectors.mapped(self._fetched)
-            marks[5].record(cuda.outgoing)
-        spans = zip(("transfer", "forward", "transfer"), marks[::2], marks[1::2], strict=True)
-        return Passed(arrived, host_s, tuple(spans), arrived=marks[5], kept=vectors)
+        with timed("launch"):
+            computing = cuda.computing
+            computing.wait_event(marks[1])
+            marks[2].record(computing)
+            vectors = self._backbone(slot.there[:n]).mapped(torch.Tensor.contiguous)  # a strided copy would go in two
+            marks[3].record(computing)
+            slot.free = marks[3]
+            cuda.outgoing.wait_event(marks[3])
+            with cuda.on(cuda.outgoing):
+                marks[4].record(cuda.outgoing)
+                arrived = vectors.mapped(self._fetched)
+                marks[5].record(cuda.outgoing)
+        spans = zip(("copy", "forward", "copy"), marks[::2], marks[1::2], strict=True)
+        return Passed(arrived, tuple(spans), arrived=marks[5], kept=vectors)
 
     def _fill(self, slot: _Slot, images: Sequence["Decoded | OnDevice"]) -> None:
         """One host copy an image, then one of them all to the device; those decoded there lie between them."""

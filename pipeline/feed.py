@@ -43,6 +43,7 @@ class Outcome(NamedTuple):
     size: int  # bytes as stored
     fetch_s: float  # waited for, where the image lay behind a URL
     decode_s: float
+    cpu_s: float  # of these two
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class Ended:
 
     samples: int
     bytes_read: int
-    read_s: float  # waited for the store, or for images behind URLs
+    read_s: float  # waited for the store; not for images behind URLs
     started: float  # Unix time
     error: str | None
+    read_cpu_s: float = 0.0  # of `read_s`
 
 
 class Fed(NamedTuple):
@@ -73,14 +75,14 @@ class _Reading:
     samples: int = 0
     bytes_read: int = 0
     read_s: float = 0.0
+    read_cpu_s: float = 0.0
     fetched_bytes: int = 0
-    fetch_s: float = 0.0
     error: str | None = None
 
     @property
     def ended(self) -> Ended:
-        read, read_s = self.bytes_read + self.fetched_bytes, self.read_s + self.fetch_s
-        return Ended(self.samples, read, read_s, self.started, self.error)
+        read = self.bytes_read + self.fetched_bytes
+        return Ended(self.samples, read, self.read_s, self.started, self.error, self.read_cpu_s)
 
 
 class LocalFeed:
@@ -179,7 +181,6 @@ class LocalFeed:
                 except (StorageError, OSError) as e:
                     reading.error = f"{'fetch' if sample.url else 'decode'}: {e}"
                     continue
-                reading.fetch_s += outcome.fetch_s
                 reading.fetched_bytes += outcome.size if sample.url else 0
                 yield Fed(reading.shard, sample, outcome)
 
@@ -191,21 +192,23 @@ def _decode(
     budget: ByteBudget,
     size: int,
 ) -> Outcome:
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.thread_time()
     fetch_s = 0.0
     data = sample.image
+    result: Decoded | Jpeg | Reject
     try:
         if sample.reject:
             raise sample.reject
         if fetched:
             data = fetched.result()
             fetch_s = time.perf_counter() - started
-        return Outcome(decode(data), len(data), fetch_s, time.perf_counter() - started - fetch_s)
+        result, stored = decode(data), len(data)
     except Reject as why:
-        return Outcome(why, len(data) or sample.size, fetch_s, time.perf_counter() - started - fetch_s)
+        result, stored = why, len(data) or sample.size
     finally:
         sample.image = b""
         budget.give(size)
+    return Outcome(result, stored, fetch_s, time.perf_counter() - started - fetch_s, time.thread_time() - cpu)
 
 
 def _weight(sample: Sample) -> int:
@@ -224,9 +227,10 @@ def _has_changed(shard: Shard) -> bool:
 def _timed(samples: Iterator[Sample], reading: _Reading) -> Iterator[Sample]:
     """The same samples; the time that each took to come is the reader's."""
     while True:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.thread_time()
         sample = next(samples, None)
         reading.read_s += time.perf_counter() - started
+        reading.read_cpu_s += time.thread_time() - cpu
         if sample is None:
             return
         yield sample

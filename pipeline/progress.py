@@ -1,4 +1,4 @@
-"""What a run shows while it works and says afterwards: a progress line, a note beside the output, what limited it."""
+"""What a run shows while it works: a progress line, and a note beside the output that says how it ended."""
 
 import json
 import os
@@ -15,10 +15,9 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.embed import STAGES, Receipt
+from pipeline.embed import Receipt
 from pipeline.errors import StorageError
 from pipeline.output import Root
-from pipeline.rows import Counts
 
 LINE_EVERY_S = 10.0  # without a terminal
 NOTE_EVERY_S = 10.0
@@ -175,55 +174,3 @@ def read_notes(root: Root) -> list[State]:
 
 def is_alive(state: State) -> bool:
     return state.state == "running" and time.time() - state.updated < ALIVE_S
-
-
-@dataclass(frozen=True)
-class Speed:
-    """`images_per_s`: the steady rate, each worker's samples over its own first start to last end, summed."""
-
-    images_per_s: float
-    limited_by: str  # a stage, or "nothing to do"
-    sentence: str
-
-
-class Sums:
-    """What a run's receipts add up to, so that none of them need be kept."""
-
-    def __init__(self) -> None:
-        self.receipts = 0
-        self.shards = 0  # that have files now
-        self.counts = Counts()  # of these
-        self.samples = 0  # without those that another driver was faster with
-        self.bytes_read = 0
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-        self._workers: dict[str, tuple[float, float]] = {}  # first start, last end
-        self._samples: dict[str, int] = {}  # by worker
-
-    def add(self, receipt: Receipt) -> None:
-        self.receipts += 1
-        self.bytes_read += receipt.bytes_read
-        for stage in STAGES:
-            self.seconds[stage] += receipt.seconds[stage]
-        if receipt.files:
-            self.shards += 1
-            self.counts.add(receipt.files.counts)
-        if receipt.files and receipt.embedded:
-            samples, worker = receipt.files.counts.samples, receipt.worker
-            self.samples += samples
-            self._samples[worker] = self._samples.get(worker, 0) + samples
-            first, last = self._workers.get(worker, (receipt.started, receipt.ended))
-            self._workers[worker] = min(first, receipt.started), max(last, receipt.ended)
-
-    def speed(self, decode_threads: int) -> Speed:
-        """What the run reached and which stage was busiest: seconds at work by seconds that its threads had."""
-        if not self._workers:
-            return Speed(0.0, "nothing to do", "nothing to embed: every shard was done")
-        spans = {worker: max(1e-3, last - first) for worker, (first, last) in self._workers.items()}
-        images_per_s = sum(self._samples[worker] / span for worker, span in spans.items())
-        threads = {"read": 1, "decode": decode_threads, "transfer": 1, "forward": 1, "write": 1}
-        busy = {s: self.seconds[s] / (sum(spans.values()) * threads[s]) for s in STAGES}
-        limit = max(busy, key=lambda s: busy[s])
-        others = ", ".join(f"{s} {busy[s]:.0%}" for s in STAGES if s != limit)
-        return Speed(
-            images_per_s, limit, f"{images_per_s:,.1f} images/s, limited by {limit} ({busy[limit]:.0%} busy; {others})"
-        )

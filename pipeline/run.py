@@ -4,20 +4,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import actors, backbone, head, versions, weights
-from pipeline.config import OUTPUTS, RunConfig, VectorSet
-from pipeline.embed import STAGES, Job, Receipt
+from pipeline import actors, backbone, engines, head, versions, weights
+from pipeline.config import RunConfig, VectorSet
+from pipeline.embed import Job, Receipt
 from pipeline.errors import StorageError, UsageError
+from pipeline.feeders import STREAMS
 from pipeline.journal import Journal
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.lists import FileList
 from pipeline.output import Root
-from pipeline.progress import Display, Note, State, Sums
-from pipeline.storage import digest, redact
+from pipeline.progress import Display, Note, State
+from pipeline.sets import vector_set
+from pipeline.speed import Means, Sums
 from pipeline.watch import Failed, Stalled, watch
 
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
@@ -39,6 +41,7 @@ class Run:
     shards: list[Shard]
     before: int  # the version that was current when the shards were listed; 0 where there was none
     vectors: VectorSet
+    engine_fallback: str  # why the engine is not the one asked for; "" where it is
     labels: tuple[str, ...]
     module: Any  # the torch module, weights loaded
     device: str
@@ -48,7 +51,7 @@ class Run:
     journal: Journal
     sums: Sums = field(default_factory=Sums)
     failed: list[Receipt] = field(default_factory=list)
-    threads: int = 1  # that decode, of each actor
+    means: Means = field(default_factory=lambda: Means(cores=1, threads=1))
 
 
 @dataclass
@@ -75,7 +78,7 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
 
 
 def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
-    run = plan(config)
+    run = plan(config, say)
     if config.dry_run:
         say(_describe(run))
         return Result(COMMITTED, "dry run: nothing was read or written", _dry(run))
@@ -113,8 +116,11 @@ def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
     return replace(ended, json=state.result)
 
 
-def plan(config: RunConfig) -> Run:
-    """Lists the input, loads the model, and compares with what the output has. Reads no shard, writes nothing."""
+def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
+    """Lists the input, loads the model, and compares with what the output has. Reads no shard, writes nothing there.
+
+    Where there is work, the engine is proven on the model first; `say` hears of what it cannot do.
+    """
     started = time.monotonic()
     root = versions.open_output(config.output)
     before = versions.read_version(root)
@@ -126,33 +132,26 @@ def plan(config: RunConfig) -> Run:
         raise UsageError("--decode cuda: the device is the CPU; --decode fast decodes there")
     if config.decode == "cuda" and config.feeders:
         raise UsageError(f"--decode cuda: --feeders {config.feeders} send decoded images; use --decode fast with them")
-    precision = backbone.resolve_precision(config.precision, device)
     module = weights.load_module(config.model, config.weights, config.adapt)
-    facts = backbone.facts_of(module, config.model, config.outputs or (), config.feature_indices, config.feature_names)
-    outputs, top_k = _outputs(config, facts)
-    labels, source = _labels(config, facts) if top_k else ((), "none")
-    vectors = VectorSet(
-        model=config.model,
-        architecture=weights.architecture_of(config.model),
-        weights_sha256=weights.sha256(module.state_dict()),
-        preprocessing=facts.preprocessing,
-        exif_orientation=config.exif_orientation,
-        precision=precision,
-        engine=config.engine,
-        decode=config.decode,
-        outputs=outputs,
-        tensors=facts.tensors,
-        pooling=facts.pooling,
-        dim=facts.dim,
-        classes=facts.classes,
-        top_k=top_k,
-        labels_sha256=digest(*labels) if labels else "",
-        labels_source=source,
-        normalized=config.normalize,
-        vector_type=config.vector_type,
-    )
-    done = versions.done(root, vectors.folder)
-    todo = [s for s in shards if versions.file_name(vectors.folder, "embeddings", s.name, s.etag) not in done]
+    vectors, labels = vector_set(config, module, device)
+    todo = _todo(root, vectors, shards)
+    engine, fallback = config.engine, ""
+    if todo:
+        if engine == "compile":
+            say(f"compiling {config.model}: about a minute, the first time")
+        engine, fallback = engines.resolve_engine(
+            config.engine,
+            module,
+            precision=vectors.precision,
+            device=device,
+            batch_size=config.batch_size,
+            threads=actors.likely_threads(config, len(shards)),
+            tensors=vectors.tensors,
+        )
+    if fallback:
+        say(fallback)
+        vectors = replace(vectors, engine=engine)
+        todo = _todo(root, vectors, shards)
     check_columns(todo, config.columns)
     return Run(
         config=config,
@@ -160,6 +159,7 @@ def plan(config: RunConfig) -> Run:
         shards=shards,
         before=before.version if before else 0,
         vectors=vectors,
+        engine_fallback=fallback,
         labels=labels,
         module=module,
         device=device,
@@ -170,33 +170,13 @@ def plan(config: RunConfig) -> Run:
     )
 
 
+def _todo(root: Root, vectors: VectorSet, shards: Sequence[Shard]) -> list[Shard]:
+    done = versions.done(root, vectors.folder)
+    return [s for s in shards if versions.file_name(vectors.folder, "embeddings", s.name, s.etag) not in done]
+
+
 def _list(config: RunConfig, root: Root) -> list[Shard]:
     return list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
-
-
-def _outputs(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], int]:
-    """The outputs asked for, in the contract's order, and k: 0 without classes, never more than there are classes."""
-    if config.only_metrics:
-        wanted = {"classes"}
-    elif config.outputs is None:
-        wanted = {"embedding", "classes"} if facts.classes else {"embedding"}
-    else:
-        wanted = {"embedding", *config.outputs}
-        if "heads" in wanted:
-            wanted.add("classes")  # the mean of both heads, beside the heads
-    if "classes" in wanted and not facts.classes:
-        flag = "--only-metrics" if config.only_metrics else "--outputs classes"
-        raise UsageError(f"{flag}: {config.model} has no classifier, with these weights")
-    if config.labels is not None and "classes" not in wanted:
-        raise UsageError(f"--labels {redact(config.labels)}: no classes are kept; add `classes` to --outputs")
-    outputs = tuple(o for o in OUTPUTS if o in wanted)
-    return outputs, min(config.top_k, facts.classes) if "classes" in outputs else 0
-
-
-def _labels(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], str]:
-    if config.labels is not None:
-        return backbone.read_labels(config.labels, facts.classes), "file"
-    return facts.label_names, facts.labels_source
 
 
 def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
@@ -204,7 +184,14 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
     with actors.local_ray(run.config.feeders):
-        size, gpus, run.threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
+        size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
+        feeders = -(-run.config.feeders // size[1])
+        run.means = Means(
+            cores=actors.cores(),
+            threads=threads,
+            gpus=gpus or (1 / size[1] if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
+            streams=feeders * STREAMS,
+        )
         job = Job(
             vectors=run.vectors,
             labels=run.labels,
@@ -213,11 +200,11 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             output=run.root.url,
             device=run.device,
             batch_size=run.config.batch_size,
-            decode_threads=run.threads,
+            decode_threads=threads,
             # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
-            torch_threads=1 if run.device == "cuda" else run.threads,
+            torch_threads=1 if run.device == "cuda" else threads,
             gpu_share=min(1.0, gpus or 1 / size[1]),
-            feeders=-(-run.config.feeders // size[1]),
+            feeders=feeders,
         )
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
             for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
@@ -302,7 +289,6 @@ def _report(run: Run, files: FileList, version: versions.Version | None) -> dict
     """The object of `embed --json`; counts are over all shards of the result, speed over what this run embedded."""
     sums = run.sums
     total = files.totals if files else sums.counts
-    pace = sums.speed(run.threads)
     seconds = time.monotonic() - run.started
     accuracy: dict[str, Any] = {}
     if total.labelled or run.config.only_metrics:
@@ -312,6 +298,7 @@ def _report(run: Run, files: FileList, version: versions.Version | None) -> dict
         accuracy |= hits
     return {
         "set": run.vectors.name,
+        **_engine(run),
         "version": version.version if version else None,
         "output": run.root.url,
         "shards": len(run.shards),
@@ -322,11 +309,9 @@ def _report(run: Run, files: FileList, version: versions.Version | None) -> dict
         "rows": total.rows,
         "rejects": dict(sorted(total.rejects.items())),
         "seconds": round(seconds, 3),
-        "images_per_s": round(pace.images_per_s, 2),
+        **sums.speed(run.means).as_dict(),
         "images_per_s_all_in": round(sums.samples / seconds, 2),
-        "limited_by": pace.limited_by,
-        "speed": pace.sentence,
-        "stage_seconds": {s: round(sums.seconds[s], 3) for s in STAGES},
+        "stage_seconds": {stage: round(s, 3) for stage, s in sums.stage_seconds.items()},
         "bytes_read": sums.bytes_read,
         "failed": [{"shard": r.shard, "error": r.error} for r in run.failed],
         "removed": run.removed,
@@ -352,15 +337,21 @@ def _describe(run: Run) -> str:
     columns = ", ".join(f"{f.column} {'+'.join('x'.join(map(str, s)) for s in f.shapes)}" for f in vectors.tensors)
     what = f"{vectors.dim}-d embeddings" if "embedding" in vectors.outputs else "metrics only"
     return (
-        f"{vectors.name}: {what}{f', {columns}' if columns else ''}, {vectors.precision} on {run.device}; "
+        f"{vectors.name}: {what}{f', {columns}' if columns else ''}, "
+        f"{vectors.precision} on {run.device} ({vectors.engine}); "
         f"{count} shards, {len(run.todo)} to embed, {count - len(run.todo)} unchanged, {len(run.removed)} removed"
     )
+
+
+def _engine(run: Run) -> dict[str, Any]:
+    return {"engine": run.vectors.engine, "engine_fallback": run.engine_fallback or None}
 
 
 def _dry(run: Run) -> dict[str, Any]:
     return {
         "dry_run": True,
         "set": run.vectors.name,
+        **_engine(run),
         "output": run.root.url,
         "shards": len(run.shards),
         "shards_to_embed": len(run.todo),

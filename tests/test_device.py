@@ -155,13 +155,12 @@ def test_large_batches_have_a_smaller_ring(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_device_tells_how_long_it_worked() -> None:
-    """`forward` is what lies between its events, `transfer` both copies and the filling of the buffer."""
+    """`forward` is what lies between its events, without the wait before it; `copy` is one in and two out."""
     cuda = LazyCuda()
     passed = Staging(LazyBackbone(cuda), cuda=cuda)(images_of([1, 2]))
     passed.to_numpy()
     seconds = passed.seconds()
-    assert seconds["forward"] == 1.0  # one pass, without the wait before it
-    assert 3.0 <= seconds["transfer"] < 3.5  # one copy in, two out, and microseconds of filling
+    assert seconds == {"forward": 1.0, "copy": 3.0}
     assert passed.kept is None
 
 
@@ -187,7 +186,7 @@ def test_the_cpu_stacks_and_passes_on() -> None:
     passed = staging([Decoded(pixels, 9, 9) for pixels in noise])
     assert not staging._ring
     assert np.array_equal(passed.to_numpy().embedding, backbone(torch.from_numpy(noise)).to_numpy().embedding)
-    assert passed.seconds().keys() == {"forward"}
+    assert passed.seconds() == {}
 
 
 def test_a_ring_gives_the_files_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,7 +468,7 @@ def test_cuda_tells_its_seconds(cache: Path) -> None:
         one.to_numpy()
     wall = time.perf_counter() - started
     seconds = [one.seconds() for one in passed]
-    assert all(s["forward"] > 0 and s["transfer"] > 0 for s in seconds)
+    assert all(s["forward"] > 0 and s["copy"] > 0 for s in seconds)
     assert sum(s["forward"] for s in seconds) < 1.05 * wall
 
 
