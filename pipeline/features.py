@@ -20,6 +20,8 @@ from pipeline.config import TensorColumn
 from pipeline.errors import UsageError
 
 Take = Callable[[tuple[Any, ...], Any], torch.Tensor]  # of a module's arguments and its output
+Caught = dict[str, torch.Tensor]  # source of a column → what a pass gave there, of the whole batch
+Body = Callable[[torch.Tensor], tuple[Any, Caught]]  # normalised images → `forward_features`, in its nesting, and those
 NEAREST = 5  # names that an unknown one is answered with
 TWO_HEADS = "head+head_dist"  # as every distilled architecture of timm calls them
 OF_THE_HEADS = ("features", "logits")  # tfimm's names of what the classifier takes and gives
@@ -36,52 +38,67 @@ class Taps:
         self._hooks = {s: point for s, point in _named(module).items() if s in sources}
         self.of_the_heads = any(f.source in (*OF_THE_HEADS, TWO_HEADS) for f in self._columns)
         self._heads = heads_of(module)
-        self._caught: dict[str, Any] = {}
 
-    def body(self, x: torch.Tensor) -> Any:
-        """`forward_features(x)`, and what was asked of the layers on the way kept."""
-        self._caught = {}
+    def body(self, x: torch.Tensor) -> tuple[Any, Caught]:
+        """`forward_features(x)`, and what was asked of the layers on the way."""
+        with self.tapped() as body:
+            return body(x)
+
+    @contextmanager
+    def tapped(self) -> Iterator[Body]:
+        """`body` with its hooks set while the context is open: what a graph can be made of."""
         if self._indices:
-            # Maps come in the order of depth, each once, whatever order they are asked in.
-            body, maps = self._module.forward_intermediates(x, indices=self._indices)
-            layouts = {f.source: f.layouts for f in self._columns}
-            for index, tensor in zip(map(str, self._indices), maps, strict=True):
-                self._caught[index] = tensor.permute(0, 2, 3, 1) if layouts[index] == ("NHWC",) else tensor
-            return body
+            yield self._with_maps
+            return
         with _hooked([(self._module.get_submodule(path), s, take) for s, (path, take) in self._hooks.items()]) as got:
-            body = self._module.forward_features(x)
-        self._caught = dict(got)
-        return body
 
-    def logits(self, body: Any) -> torch.Tensor:
-        """`forward_head(body)`, and what each head took and gave kept."""
+            def body(x: torch.Tensor) -> tuple[Any, Caught]:
+                final = self._module.forward_features(x)
+                caught = dict(got)
+                got.clear()
+                return final, caught
+
+            yield body
+
+    def _with_maps(self, x: torch.Tensor) -> tuple[Any, Caught]:
+        # Maps come in the order of depth, each once, whatever order they are asked in.
+        body, maps = self._module.forward_intermediates(x, indices=self._indices)
+        layouts = {f.source: f.layouts for f in self._columns}
+        caught = {}
+        for index, tensor in zip(map(str, self._indices), maps, strict=True):
+            caught[index] = tensor.permute(0, 2, 3, 1) if layouts[index] == ("NHWC",) else tensor
+        return body, caught
+
+    def logits(self, body: Any) -> tuple[torch.Tensor, Caught]:
+        """`forward_head(body)`, and what each head took and gave, where that was asked."""
         taken: list[tuple[nn.Module, str, Take]] = []
         for i, head in enumerate(self._heads):
             taken += [(head, f"features {i}", _argument), (head, f"logits {i}", _output)]
         with _hooked(taken if self.of_the_heads else []) as got:
             logits: torch.Tensor = self._module.forward_head(body)
+        caught = {}
         for name in OF_THE_HEADS:
             parts = [got[key] for i in range(len(self._heads)) if (key := f"{name} {i}") in got]
             if parts:
-                self._caught[name] = torch.stack(parts, 1) if len(parts) > 1 else parts[0]
-        return logits
+                caught[name] = torch.stack(parts, 1) if len(parts) > 1 else parts[0]
+        return logits, caught
 
-    def columns(self, body: Any, n: int) -> tuple[torch.Tensor, ...]:
-        """A tensor (n, size) for each column, of its dtype, from the first n images of the batch last passed."""
-        return tuple(self._column(f, body, n) for f in self._columns)
+    def columns(self, body: Any, caught: Caught, n: int) -> tuple[torch.Tensor, ...]:
+        """A tensor (n, size) for each column, of its dtype, from the first n images of a batch."""
+        return tuple(self._column(f, body, caught, n) for f in self._columns)
 
-    def _column(self, f: TensorColumn, body: Any, n: int) -> torch.Tensor:
-        parts = self.parts(f, body)
+    def _column(self, f: TensorColumn, body: Any, caught: Caught, n: int) -> torch.Tensor:
+        parts = self.parts(f, body, caught)
         rows = torch.cat([p[:n].float().flatten(1) for p in parts], 1)
         return rows.to(getattr(torch, f.dtype))
 
-    def parts(self, f: TensorColumn, body: Any) -> list[torch.Tensor]:
-        """The column's tensors as the model shapes them, of the whole batch last passed."""
+    def parts(self, f: TensorColumn, body: Any, caught: Caught) -> list[torch.Tensor]:
+        """The column's tensors as the model shapes them, of a whole batch."""
         if f.kind == "tokens":
             return list(body) if isinstance(body, list | tuple) else [body]
         if f.kind == "heads":
-            return [self._caught["logits"]]
-        return [body if f.source == "features_all" and f.source not in self._caught else self._caught[f.source]]
+            return [caught["logits"]]
+        return [body if f.source == "features_all" and f.source not in caught else caught[f.source]]
 
 
 @contextmanager
@@ -249,7 +266,7 @@ def _by_name(module: Any, model: str, blank: torch.Tensor, names: tuple[str, ...
             raise UsageError(f"--feature-names {name}: {model} has no such name; {what}")
     wanted = [_column("features", "", name, [], ()) for name in names]
     taps = Taps(module, wanted)
-    body = taps.body(blank)
-    taps.logits(body)
-    tensors = {f.source: taps.parts(f, body)[0] for f in wanted}
+    body, caught = taps.body(blank)
+    caught |= taps.logits(body)[1]
+    tensors = {f.source: taps.parts(f, body, caught)[0] for f in wanted}
     return [(name, tuple(tensors[name].shape[1:]), _layout(tensors[name])) for name in names]

@@ -6,18 +6,13 @@ import pytest
 import torch
 from timm.data import create_transform, resolve_data_config
 
+from pipeline import engines
 from pipeline.architecture import build
-from pipeline.backbone import (
-    CUDA_BATCHES,
-    Backbone,
-    best_batch_size,
-    facts_of,
-    read_labels,
-    resolve_device,
-    resolve_precision,
-)
+from pipeline.backbone import Backbone, facts_of, read_labels, resolve_device, resolve_precision
 from pipeline.config import Adapt
+from pipeline.engines import Eager
 from pipeline.errors import UsageError
+from pipeline.features import Body, Taps
 from pipeline.images import Decoder
 
 IMAGES = list(oracle.good_images().values())[:5]
@@ -140,6 +135,24 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row() -> None:
     assert backbone.batch_size == 2
 
 
+@pytest.mark.parametrize("fits", [3, 11])
+def test_an_engine_is_made_again_for_half_the_batch(fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the memory lacks for the graph, or for a batch later on, it is made for smaller ones; no row is lost."""
+    made: list[int] = []
+
+    def start(engine: str, module: torch.nn.Module, taps: Taps, batch: torch.Tensor, *, precision: str) -> Body:
+        if len(batch) > fits:
+            raise torch.OutOfMemoryError("simulated")
+        made.append(len(batch))
+        return Eager(taps, batch.device, precision)
+
+    monkeypatch.setattr(engines, "start", start)
+    images = torch.arange(11, dtype=torch.uint8).view(11, 1, 1, 1).expand(11, 3, 32, 32)
+    backbone = Backbone(SmallMemory(), engine="compile", batch_size=11)
+    assert torch.equal(backbone(images).embedding, Backbone(Ties(), batch_size=11)(images).embedding)
+    assert made == ([2] if fits == 3 else [11, 5, 2]) and backbone.batch_size == 2
+
+
 def test_out_of_memory_with_a_single_image_is_raised() -> None:
     """Nothing can be halved below one image: the error is the user's to see."""
 
@@ -149,21 +162,6 @@ def test_out_of_memory_with_a_single_image_is_raised() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         Backbone(NoMemory(), batch_size=4)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize(
-    ("speeds", "best"),
-    [
-        ({64: 100.0, 128: 180.0, 256: 184.0, 512: 400.0}, 128),
-        ({64: 100.0, 128: 200.0, 256: 400.0, 512: 800.0}, 512),
-        ({64: 100.0, 128: 0.0}, 64),
-        ({64: 0.0, 32: 0.0, 16: 50.0}, 16),
-    ],
-)
-def test_the_batch_grows_while_it_pays(speeds: dict[int, float], best: int) -> None:
-    """`auto` takes the smallest batch after which doubling gives less than 5 %, and one that fits the memory."""
-    assert best_batch_size(lambda size: speeds.get(size, 0.0)) == best
-    assert CUDA_BATCHES == (64, 128, 256, 512)
 
 
 def test_images_of_another_size_are_refused() -> None:
@@ -203,11 +201,22 @@ def test_cuda_is_refused_where_there_is_none() -> None:
             resolve_device("cuda")
 
 
-def test_auto_precision_becomes_what_the_hardware_has() -> None:
-    """`auto` is bf16 exactly where torch says that the processor multiplies it natively."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert resolve_precision("auto", "cpu") == ("bf16" if native else "fp32")
-    assert resolve_precision("fp16", "cpu") == "fp16"
+@pytest.mark.parametrize(("bf16", "amx", "precision"), [(0, 0, "fp32"), (1, 0, "bf16"), (0, 1, "bf16")])
+def test_auto_precision_becomes_what_the_processor_has(
+    bf16: int, amx: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` is bf16 exactly where torch says that the processor multiplies it natively; what was asked stays."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(bf16))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    assert resolve_precision("auto", "cpu") == precision
+    assert [resolve_precision(p, "cpu") for p in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_becomes_what_the_gpu_has(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that only emulates bf16, as those before Ampere, computes in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert resolve_precision("auto", "cuda") == ("bf16" if native else "fp32")
 
 
 @pytest.mark.gpu
@@ -232,9 +241,3 @@ def test_cuda_out_of_memory_halves_a_real_batch() -> None:
     vectors = backbone(torch.zeros(1024, 3, 224, 224, dtype=torch.uint8))
     del hog
     assert len(vectors.embedding) == 1024 and backbone.batch_size < 1024
-
-
-@pytest.mark.gpu
-def test_cuda_finds_a_batch_size() -> None:
-    """`auto` on a GPU ends with one of the sizes it may try."""
-    assert Backbone(oracle.module("test_vit"), device="cuda").batch_size in CUDA_BATCHES
