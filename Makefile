@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test chaos check lint types lock lock-azurite clean
+.PHONY: demo test chaos check lint types bench-peers lock lock-azurite clean
 
 demo: .venv/ready
 	$(BIN)/shard2vec demo
@@ -22,6 +22,22 @@ lint: .venv/ready
 
 types: .venv/ready
 	$(BIN)/mypy pipeline jobs
+
+# What else embeds images, beside shard2vec: `make bench-peers PHOTOS=DIR`, with tars of .jpg in DIR. FLAGS are those of
+# `python -m benchmarks.peers --help`.
+bench-peers: .venv/ready .venv-peers/ready
+	@test -n "$(PHOTOS)" || { echo "make bench-peers PHOTOS=DIR: a folder of WebDataset tars of photos"; exit 2; }
+	$(BIN)/python -m benchmarks.peers --photos "$(PHOTOS)" $(FLAGS)
+
+# Daft demands an older pyarrow and tqdm, so it has an environment of its own; all else it takes from .venv.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+.venv-peers/ready: benchmarks/peers/requirements.lock .venv/ready
+	$(PYTHON) -m venv --clear .venv-peers
+	$(BIN)/python $(PURELIB) >"$$(.venv-peers/bin/python $(PURELIB))/below.pth"
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		-r benchmarks/peers/requirements.lock
+	touch $@
 
 .venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -48,6 +64,8 @@ lock-azurite: .venv/ready
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--extra dev pyproject.toml --output-file requirements.lock
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		benchmarks/peers/requirements.in --output-file benchmarks/peers/requirements.lock
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-peers demo

@@ -84,11 +84,11 @@ def count(tars: list[Path]) -> int:
     return sum(m.name.endswith(".jpg") for path in tars for m in tarfile.open(path))
 
 
-def ours(model: str, precision: str, folder: Path, output: Path) -> tuple[float, float, float, str]:
+def ours(model: str, precision: str, folder: Path, output: Path, *flags: str) -> tuple[float, float, float, str]:
     """(steady images/s, all-in images/s, peak MB of all processes, limited_by) of the command line."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "jobs", "embed", "--input", folder, "--output", output, "--model", model]
-    command += ["--weights", "random:0", "--precision", precision, "--json"]
+    command += ["--weights", "random:0", "--precision", precision, "--json", *flags]
     started = time.perf_counter()
     run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     peak = [0.0]
@@ -131,7 +131,7 @@ def difference(model: str, tars: list[Path], folder: Path, scratch: Path) -> str
 
     from pipeline import open_dataset
 
-    ours(model, "fp32", folder, scratch / "exact")
+    ours(model, "fp32", folder, scratch / "exact", "--decode", "exact")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.starmap(plain_loop, [(model, 2, False, tars, str(scratch / "plain.pt"))])
     ids, embedding, scores = torch.load(scratch / "plain.pt")

@@ -114,7 +114,18 @@ def place(net: Any, name: str) -> Any:
 def embedded(model: str, photos: Path, output: Path, outputs: str, *flags: str) -> float:
     """Runs the command line; returns the seconds of the forward stage."""
     command = [sys.executable, "-m", "jobs", "embed", "--input", str(photos), "--output", str(output), "--model", model]
-    command += ["--weights", "random:0", "--precision", "fp32", "--outputs", outputs, "--json", *flags]
+    command += [
+        "--weights",
+        "random:0",
+        "--precision",
+        "fp32",
+        "--decode",
+        "exact",
+        "--outputs",
+        outputs,
+        "--json",
+        *flags,
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stderr)

@@ -1,11 +1,11 @@
 """`embed`: the main job. The same command again resumes, and again later embeds only what changed."""
 
-import re
 from typing import Annotated
 
 import typer
 
-from jobs import exits
+from jobs import exits, flags
+from pipeline import head
 from pipeline.errors import UsageError
 
 
@@ -39,13 +39,13 @@ def embed(
     num_classes: Annotated[int | None, typer.Option(help="Classes of the head; 0 drops it [the weights' own]")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto: bf16 where the hardware has it")] = "auto",
     engine: Annotated[str, typer.Option(help="eager, compile or openvino (CPU)")] = "eager",
-    decode: Annotated[str, typer.Option(help="exact: bit-equal to timm's own transform")] = "exact",
+    decode: Annotated[str, typer.Option(help="exact as timm; fast: 2 levels off; scaled, cuda: looser")] = "fast",
     no_exif_orientation: Annotated[bool, typer.Option("--no-exif-orientation", help="Leave images as stored")] = False,
     normalize: Annotated[bool, typer.Option("--normalize", help="L2-normalise the embeddings")] = False,
     vector_type: Annotated[str, typer.Option(help="float32 or float16")] = "float32",
     batch_size: Annotated[str, typer.Option(help="Images a forward pass, or auto")] = "auto",
     actors: Annotated[str | None, typer.Option(help="Pool size N or MIN:MAX [for this machine]")] = None,
-    gpus_per_actor: Annotated[float | None, typer.Option(help="Fractions allowed [1 on cuda]")] = None,
+    gpus_per_actor: Annotated[float | None, typer.Option(help="Fractions allowed [by the cores of each GPU]")] = None,
     feeders: Annotated[
         int, typer.Option(help="Processes that read and decode for actors with few cores; 0: actors do so themselves")
     ] = 0,
@@ -65,7 +65,7 @@ def embed(
     """
 
     def body() -> int:
-        _refuse_unavailable(decode=decode, ray_address=ray_address)
+        _refuse_unavailable(ray_address=ray_address)
         for flag, value in (("--input", input), ("--output", output), ("--model", model)):
             if not value:
                 raise UsageError(f"{flag} is missing: see `shard2vec embed --help`")
@@ -82,11 +82,11 @@ def embed(
                 format=format,
                 columns=Columns(image=image_column, key=key_column, uri=uri_column, allow_urls=tuple(allow_url or ())),
                 weights=weights,
-                outputs=_words(outputs),
-                feature_indices=_indices(feature_indices),
-                feature_names=_words(feature_names),
+                outputs=flags.words(outputs),
+                feature_indices=flags.indices(feature_indices),
+                feature_names=flags.words(feature_names),
                 only_metrics=only_metrics,
-                adapt=Adapt(image_size=_size(image_size), in_chans=in_chans, num_classes=num_classes),
+                adapt=Adapt(image_size=flags.size(image_size), in_chans=in_chans, num_classes=num_classes),
                 top_k=top_k,
                 labels=labels,
                 precision=precision,
@@ -95,8 +95,8 @@ def embed(
                 exif_orientation=not no_exif_orientation,
                 normalize=normalize,
                 vector_type=vector_type,
-                batch_size=_batch_size(batch_size),
-                actors=_pool(actors),
+                batch_size=flags.batch_size(batch_size),
+                actors=flags.pool(actors),
                 gpus_per_actor=gpus_per_actor,
                 feeders=feeders,
                 device=device,
@@ -111,49 +111,11 @@ def embed(
             exits.print_json(result.json)
         return result.exit_code
 
-    exits.run(body, json)
+    with head.starting(not dry_run and head.is_early(output), max(0, feeders)):  # Ray, while torch is imported
+        exits.run(body, json)
 
 
-def _refuse_unavailable(*, decode: str, ray_address: str | None) -> None:
+def _refuse_unavailable(*, ray_address: str | None) -> None:
     """What the contract names and this version does not do yet is refused, never ignored."""
-    if decode in ("fast", "scaled", "cuda"):
-        raise UsageError(f"--decode {decode} is not available yet: use --decode exact")
     if ray_address is not None:
         raise UsageError(f"--ray-address {ray_address} is not available yet: leave it out to use a local Ray")
-
-
-def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(","))
-
-
-def _indices(text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(index) for index in text.split(","))
-    except ValueError:
-        raise UsageError(f"--feature-indices {text}: must be whole numbers, as in 0,2") from None
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    sides = re.fullmatch(r"([0-9]+)(?:[xX,]([0-9]+))?", text.strip())  # a job file's list comes with a comma
-    if sides is None:
-        raise UsageError(f"--image-size {text}: must be H or HxW, as in 320 or 256x384")
-    return int(sides[1]), int(sides[2] or sides[1])
-
-
-def _batch_size(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal():
-        raise UsageError(f"--batch-size {text}: must be a whole number or auto")
-    return int(text)
-
-
-def _pool(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    least, colon, most = text.partition(":")
-    if not least.isdecimal() or (colon and not most.isdecimal()):
-        raise UsageError(f"--actors {text}: must be N or MIN:MAX")
-    return int(least), int(most or least)

@@ -2,10 +2,10 @@
 
 import io
 import logging
+import math
 import os
 import pickle
 import platform
-import secrets
 import signal
 import sys
 import threading
@@ -17,30 +17,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Read when Ray is imported: no telemetry, no chatter, and a token of this run's own. Without it Ray writes one to the
-# user's home, which a later `ray start` then asks for; with authentication off any process that reaches its port may
-# run code here.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+from pipeline import head
 
+# isort: split
+# After `head`, whose settings are read when Ray is imported.
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.board import Board, Told
 from pipeline.config import RunConfig
-from pipeline.embed import Embedder, Feed, Job, Receipt, worker_name
+from pipeline.embed import Embedder, Feed, Job, Receipt, backbone_of, worker_name
 from pipeline.errors import UsageError
 from pipeline.feed import LocalFeed
 from pipeline.feeders import RemoteFeed
 from pipeline.listing import Shard
+from pipeline.machine import cpu_workers
 
-OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
-FEEDER_BYTES = 64 * 2**20  # … and, of each feeder, the chunks under way
-# One thread an actor is fastest on the CPU (two actors gave 1.1 to 1.2 of one actor's images/s on two cores), and each
-# has a model and an interpreter of its own; 3 GB leave room beside pit_b's whole run of two, 4.8 GB with the driver.
-CPU_ACTOR_BYTES = 3 * 2**30
+# On a GPU, Python's lock is what one process cannot get past: 0.10 ms an image with the fast decode, 0.40 with Pillow's
+# (9,700 and 2,500 images/s at most), beside batching and the forward pass's launches. A core decodes 790 and 375
+# images/s of 500x375 pixels, so five threads keep the lock two fifths and three quarters busy. More than four actors
+# a GPU only take turns on it. 16 cores: three actors of five threads. Arithmetic on figures of the CPU: not yet
+# measured beside a GPU.
+CUDA_ACTOR_THREADS = 5
+CUDA_ACTORS = 4
+CUDA_ACTOR_BYTES = 6 * 2**30  # of the host: CUDA's libraries, the model, a pinned ring, images that wait
+GPU_UNITS = 10_000  # Ray counts in these parts of a GPU
 # Ray starts dead workers again and again; what bounds it is ours: MAX_DEATHS a shard, and so many workers that died
 # before they were ready.
 RESTARTS = -1
@@ -57,9 +58,14 @@ def local_ray(feeders: int = 0) -> Iterator[None]:
     ours = not ray.is_initialized()
     terminated = signal.getsignal(signal.SIGTERM)
     # Ray reports dead workers on stdout, which belongs to results; the run says so itself.
-    with _native_stderr_silenced(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    with (
+        head.starting(feeders=feeders),
+        _native_stderr_silenced(),
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+    ):
         try:
-            start_ray(feeders)
+            start_ray()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, terminated)  # Ray puts its own there, which exits with 15
             yield
@@ -68,22 +74,12 @@ def local_ray(feeders: int = 0) -> Iterator[None]:
                 ray.shutdown()
 
 
-def start_ray(feeders: int = 0) -> None:
-    """Starts Ray unless it runs here already."""
+def start_ray() -> None:
+    """Connects to the Ray that `head` starts, unless there is one here already."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\..*")
     if not ray.is_initialized():
-        # The workers import the checkout or the installation that this process runs from.
-        home = str(Path(__file__).resolve().parent.parent)
-        inherited = os.environ.get("PYTHONPATH", "")
-        os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (home, inherited) if p)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES + feeders * FEEDER_BYTES,
-        )
+        ray.init(address=head.address(), log_to_driver=False, logging_level=logging.ERROR)
 
 
 @contextmanager
@@ -127,22 +123,8 @@ class EmbedShards:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         import torch
 
-        from pipeline.backbone import load_backbone
-
         torch.set_num_threads(job.torch_threads)
-        vectors = job.vectors
-        backbone = load_backbone(
-            vectors.model,
-            Path(job.weights),
-            job.adapt,
-            engine=vectors.engine,
-            precision=vectors.precision,
-            device=job.device,
-            classes=bool(vectors.top_k),
-            top_k=vectors.top_k,
-            batch_size=job.batch_size,
-            tensors=vectors.tensors,
-        )
+        backbone = backbone_of(job)
         self._embedder = Embedder(job, backbone, self._feed(job, backbone.batch_size))
         threading.Thread(target=self._tick, daemon=True).start()
 
@@ -284,27 +266,43 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
 
 
+def cores() -> int:
+    """Of all machines that Ray has."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[int, int], float, int]:
     """(least, most) actors, GPUs of each, threads of each, on this machine.
 
     Threads go by all shards of the listing, not by those to do: a resumed run computes with as many as the first, so
     that its vectors have the same bits.
     """
-    resources = ray.cluster_resources()
-    cpus = max(1, int(resources.get("CPU", 1)))
+    resources, cpus = ray.cluster_resources(), cores()
     if device == "cuda":
-        gpus = 1.0 if config.gpus_per_actor is None else config.gpus_per_actor
-        default = max(1, int(resources.get("GPU", 0) / gpus)) if gpus else 1
+        gpus, default = _on_gpus(config, int(resources.get("GPU", 0)), cpus, int(resources.get("memory", 0)))
     else:
-        gpus, default = 0.0, max(1, min(cpus, int(resources.get("memory", 0) / CPU_ACTOR_BYTES)))
+        gpus, default = 0.0, cpu_workers(cpus, resources.get("memory", 0))
     least, most = config.actors or (default, default)
     if gpus and least * gpus > resources.get("GPU", 0):
-        raise UsageError(f"--actors {least} with {gpus} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
+        raise UsageError(f"--actors {least} with {gpus:g} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
     if config.feeders > cpus:
         raise UsageError(f"--feeders {config.feeders}: there are {cpus} CPUs, and each takes one")
     threads = _threads_each(cpus, most, shards)
     most = max(1, min(most, todo))
     return (min(least, most), most), gpus, threads
+
+
+def _on_gpus(config: RunConfig, gpus: int, cpus: int, memory: int) -> tuple[float, int]:
+    """GPUs of each actor, and how many actors there are unless `--actors` says it."""
+    if config.gpus_per_actor is not None:
+        each = config.gpus_per_actor
+        return each, max(1, int(gpus / each + 1e-9)) if each else 1
+    if config.actors is not None:
+        on_each = -(-config.actors[1] // max(1, gpus))
+    else:
+        room = memory // max(1, gpus) // CUDA_ACTOR_BYTES
+        on_each = max(1, min(cpus // max(1, gpus) // CUDA_ACTOR_THREADS, CUDA_ACTORS, room))
+    return math.floor(GPU_UNITS / on_each) / GPU_UNITS, on_each * max(1, gpus)
 
 
 def likely_threads(config: RunConfig, shards: int) -> int:

@@ -12,28 +12,33 @@ import platform
 import queue
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
-import torch
 
-from pipeline.backbone import Backbone, Vectors
+from pipeline.backbone import Backbone, load_backbone
 from pipeline.config import Adapt, VectorSet
+from pipeline.cuda_images import DeviceImages, Jpeg, OnDevice
+from pipeline.device import Passed, Staging
 from pipeline.errors import Reject, StorageError
 from pipeline.feed import Ended, Fed, Outcome
 from pipeline.flow import Flow
-from pipeline.images import Decoded
+from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard
+from pipeline.lists import ShardFiles
 from pipeline.output import Root
 from pipeline.rows import NotFinite, ShardWriter
 from pipeline.shards import Sample
-from pipeline.versions import ShardFiles, publish, published
+from pipeline.versions import publish, published
 
 WRITES_WAITING = 4  # batches of vectors between device and writer …
 WAITING_BYTES = 128 * 2**20  # … and fewer where tokens or feature maps make them large
-STAGES = ("read", "decode", "forward", "write")
+STAGES = ("read", "decode", "transfer", "forward", "write")  # transfer: from images to a batch for the device
+# Beside them: images behind URLs; on CUDA what the batching thread has of `forward` and `decode`, and the copies.
+PARTS = (*STAGES, "fetch", "launch", "batch_decode", "copy")
 MARK = secrets.token_hex(2)  # of this process
 
 
@@ -50,7 +55,26 @@ class Job:
     batch_size: int | None
     decode_threads: int
     torch_threads: int
+    gpu_share: float = 1.0  # of a device, that this process may take of its memory
     feeders: int = 0  # processes that read and decode for this one; 0: it does so itself
+
+
+def backbone_of(job: Job) -> Backbone:
+    """The job's model with its weights, on its device."""
+    vectors = job.vectors
+    return load_backbone(
+        vectors.model,
+        Path(job.weights),
+        job.adapt,
+        engine=vectors.engine,
+        precision=vectors.precision,
+        device=job.device,
+        classes=bool(vectors.top_k),
+        top_k=vectors.top_k,
+        batch_size=job.batch_size,
+        tensors=vectors.tensors,
+        share=job.gpu_share,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +86,11 @@ class Receipt:
     error: str | None
     embedded: bool  # False: another run's files were already there
     bytes_read: int
-    seconds: dict[str, float]  # by stage; decode sums over its threads
+    seconds: dict[str, float]  # by `PARTS`; those of several threads are summed
     started: float  # Unix time
     ended: float
     worker: str  # host and process
+    cpu_s: dict[str, float] = field(default_factory=dict)  # of `seconds`; `process`: all, since the receipt before
 
 
 @dataclass
@@ -98,11 +123,20 @@ class Work:
     """One shard under way: what waits for its next batch, and the files that it becomes."""
 
     shard: Shard
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     samples: list[Sample] = field(default_factory=list)
-    decoded: list[Decoded] = field(default_factory=list)
+    decoded: list[Decoded | Jpeg] = field(default_factory=list)
     writer: ShardWriter | None = None
     error: str | None = None
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds what this thread takes, on the clock and of the processor."""
+        started, cpu = time.perf_counter(), time.thread_time()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+        self.cpu_s[part] += time.thread_time() - cpu
 
     def close(self) -> None:
         """Leaves no scratch file."""
@@ -113,7 +147,7 @@ class Work:
 class Batch(NamedTuple):
     samples: list[Sample]
     sizes: list[tuple[int, int]]
-    vectors: Vectors
+    passed: Passed
 
 
 class Refused(NamedTuple):
@@ -128,6 +162,8 @@ class Embedder:
     def __init__(self, job: Job, backbone: Backbone, feed: Feed):
         self.job, self.backbone, self.activity = job, backbone, Activity()
         self._root, self._feed = Root(job.output), feed
+        self._staging = Staging(backbone, _device_images(job.vectors, backbone))
+        self._cpu_s = 0.0  # of the process, at the last receipt
 
     def __call__(self, shards: Iterable[Shard | None], done: Callable[[Receipt], None]) -> None:
         """`done` gets one receipt a shard as each is published, from a thread of ours.
@@ -135,7 +171,7 @@ class Embedder:
         `shards` is asked for the next one when there is room for it, and again where it gave None. Raises what is
         nobody's fault but ours.
         """
-        flow = Flow()
+        flow, self._cpu_s = Flow(), time.process_time()
         to_write: queue.Queue[Any] = queue.Queue(maxsize=self._writes_waiting())
         writer = flow.start(lambda: self._write(flow, to_write, done))
         try:
@@ -198,11 +234,11 @@ class Embedder:
                 flow.put(to_write, (work, what))
 
     def _take(self, flow: Flow, work: Work, sample: Sample, outcome: Outcome, to_write: "queue.Queue[Any]") -> None:
+        work.seconds["fetch"] += outcome.fetch_s
         work.seconds["decode"] += outcome.decode_s
+        work.cpu_s["decode"] += outcome.cpu_s
         if isinstance(outcome.result, Reject):
-            self._at("write", work.shard.name)
-            flow.put(to_write, (work, Refused(sample, outcome.result, outcome.size)))
-            self.activity.add(work.shard.name, rejects=1)
+            self._refuse(flow, work, Refused(sample, outcome.result, outcome.size), to_write)
         else:
             work.samples.append(sample)
             work.decoded.append(outcome.result)
@@ -210,21 +246,34 @@ class Embedder:
     def _send(self, flow: Flow, work: Work, to_write: "queue.Queue[Any]") -> None:
         samples, decoded = work.samples, work.decoded
         work.samples, work.decoded = [], []
-        if work.error is None:
-            batch = self._batch(work, samples, decoded)
+        if work.error is not None:
+            return
+        kept: list[tuple[Sample, Decoded | OnDevice]] = []
+        for sample, given, image in zip(samples, decoded, self._on_device(work, decoded), strict=True):
+            if isinstance(image, Reject):
+                self._refuse(flow, work, Refused(sample, image, len(cast(Jpeg, given).data)), to_write)
+            else:
+                kept.append((sample, image))
+        if kept:
+            self._at("forward", work.shard.name)
+            passed = self._staging([image for _, image in kept], work.timed)
+            sizes = [(image.width, image.height) for _, image in kept]
+            batch = Batch([sample for sample, _ in kept], sizes, passed)
             self._at("write", work.shard.name)
             flow.put(to_write, (work, batch))
-            self.activity.add(work.shard.name, images=len(samples))
+            self.activity.add(work.shard.name, images=len(kept))
 
-    def _batch(self, work: Work, samples: list[Sample], decoded: list[Decoded]) -> Batch:
-        self._at("forward", work.shard.name)
-        started = time.perf_counter()
-        images = torch.from_numpy(np.stack([d.pixels for d in decoded]))
-        if self.backbone.device.type == "cuda":
-            images = images.pin_memory()
-        vectors = self.backbone(images)
-        work.seconds["forward"] += time.perf_counter() - started
-        return Batch(samples, [(d.width, d.height) for d in decoded], vectors)
+    def _on_device(self, work: Work, images: list[Decoded | Jpeg]) -> Sequence[Decoded | OnDevice | Reject]:
+        if not any(isinstance(image, Jpeg) for image in images):
+            return cast(list[Decoded], images)
+        self._at("decode", work.shard.name)
+        with work.timed("batch_decode"):
+            return self._staging.decoded(images)
+
+    def _refuse(self, flow: Flow, work: Work, refused: Refused, to_write: "queue.Queue[Any]") -> None:
+        self._at("write", work.shard.name)
+        flow.put(to_write, (work, refused))
+        self.activity.add(work.shard.name, rejects=1)
 
     # writer thread
 
@@ -239,6 +288,8 @@ class Embedder:
                     under_way.discard(work)
                     work.close()
                     self.activity.under_way.pop(work.shard.name, None)
+                    before, self._cpu_s = self._cpu_s, time.process_time()
+                    work.cpu_s["process"] = self._cpu_s - before
                     done(_receipt(work, what, files, embedded))
         finally:
             for work in under_way:
@@ -263,25 +314,29 @@ class Embedder:
         if work.writer.counts.samples != ended.samples:
             written = work.writer.counts.samples
             raise RuntimeError(f"{work.shard.name}: {ended.samples} samples read, {written} written")
-        started = time.perf_counter()
-        files, embedded = publish(self._root, self.job.vectors.folder, work.shard, work.writer)
-        work.seconds["write"] += time.perf_counter() - started
-        return files, embedded
+        with work.timed("write"):
+            return publish(self._root, self.job.vectors.folder, work.shard, work.writer)
 
     def _write_event(self, work: Work, event: Batch | Refused) -> None:
         assert work.writer is not None
         if isinstance(event, Refused):
             work.writer.reject(event.sample, event.why, event.size)
             return
-        started = time.perf_counter()
-        arrays = event.vectors.to_numpy()  # on CUDA this is where the device is waited for
-        work.seconds["forward"] += time.perf_counter() - started
-        started = time.perf_counter()
-        try:
-            work.writer.rows(event.samples, event.sizes, arrays)
-        except NotFinite as e:
-            work.error = f"forward: {e}"
-        work.seconds["write"] += time.perf_counter() - started
+        arrays = event.passed.to_numpy()  # on CUDA this is where the device is waited for
+        for part, seconds in event.passed.seconds().items():
+            work.seconds[part] += seconds
+        with work.timed("write"):
+            try:
+                work.writer.rows(event.samples, event.sizes, arrays)
+            except NotFinite as e:
+                work.error = f"forward: {e}"
+
+
+def _device_images(vectors: VectorSet, backbone: Backbone) -> DeviceImages | None:
+    if vectors.decode != "cuda":
+        return None
+    cpu = Decoder(vectors.preprocessing, exif_orientation=vectors.exif_orientation, how=vectors.decode)
+    return DeviceImages(vectors.preprocessing, backbone.device, cpu)
 
 
 def worker_name() -> str:
@@ -300,4 +355,5 @@ def _receipt(work: Work, ended: Ended, files: ShardFiles | None, embedded: bool)
         started=ended.started,
         ended=time.time(),
         worker=worker_name(),
+        cpu_s=work.cpu_s | {"read": ended.read_cpu_s},
     )

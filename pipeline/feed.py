@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline.config import VectorSet
+from pipeline.cuda_images import HeaderDecoder, Jpeg
 from pipeline.errors import Reject, StorageError
 from pipeline.fetching import fetch
 from pipeline.flow import ByteBudget, Flow
@@ -38,10 +39,11 @@ MAX_DEATHS = 8
 class Outcome(NamedTuple):
     """One sample after decoding."""
 
-    result: Decoded | Reject
+    result: Decoded | Jpeg | Reject  # encoded still, where the device is to decode it
     size: int  # bytes as stored
     fetch_s: float  # waited for, where the image lay behind a URL
     decode_s: float
+    cpu_s: float  # of these two
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,10 @@ class Ended:
 
     samples: int
     bytes_read: int
-    read_s: float  # waited for the store, or for images behind URLs
+    read_s: float  # waited for the store; not for images behind URLs
     started: float  # Unix time
     error: str | None
+    read_cpu_s: float = 0.0  # of `read_s`
 
 
 class Fed(NamedTuple):
@@ -72,14 +75,14 @@ class _Reading:
     samples: int = 0
     bytes_read: int = 0
     read_s: float = 0.0
+    read_cpu_s: float = 0.0
     fetched_bytes: int = 0
-    fetch_s: float = 0.0
     error: str | None = None
 
     @property
     def ended(self) -> Ended:
-        read, read_s = self.bytes_read + self.fetched_bytes, self.read_s + self.fetch_s
-        return Ended(self.samples, read, read_s, self.started, self.error)
+        read = self.bytes_read + self.fetched_bytes
+        return Ended(self.samples, read, self.read_s, self.started, self.error, self.read_cpu_s)
 
 
 class LocalFeed:
@@ -93,8 +96,12 @@ class LocalFeed:
         self._threads, self._deaths, self._reading = decode_threads, deaths, ""
         image_bytes = math.prod(preprocessing.input_size)
         self._ahead = max(1, min(LOOKAHEAD_BATCHES * batch_size, DECODED_BYTES // image_bytes))
-        self._decoder = Decoder(preprocessing, exif_orientation=upright)
-        self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright)
+        self._decoder: Callable[[bytes], Decoded | Jpeg]
+        if vectors.decode == "cuda":
+            self._decoder = HeaderDecoder(preprocessing, exif_orientation=upright)
+        else:
+            self._decoder = Decoder(preprocessing, exif_orientation=upright, how=vectors.decode)
+        self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright, how=vectors.decode)
 
     def __call__(
         self, shards: Iterable[Shard | None], flow: Flow, at: Callable[[str, str], None]
@@ -148,7 +155,7 @@ class LocalFeed:
                 reading.error = f"read: {e}"
             flow.put(waiting, (reading, None, None))
 
-    def _decoder_for(self, shard: Shard) -> Callable[[bytes], Decoded]:
+    def _decoder_for(self, shard: Shard) -> Callable[[bytes], Decoded | Jpeg]:
         """Of a shard that took a worker down, the images are decoded in processes apart."""
         deaths = self._deaths(shard.name)
         if deaths >= MAX_DEATHS:
@@ -174,29 +181,34 @@ class LocalFeed:
                 except (StorageError, OSError) as e:
                     reading.error = f"{'fetch' if sample.url else 'decode'}: {e}"
                     continue
-                reading.fetch_s += outcome.fetch_s
                 reading.fetched_bytes += outcome.size if sample.url else 0
                 yield Fed(reading.shard, sample, outcome)
 
 
 def _decode(
-    decode: Callable[[bytes], Decoded], sample: Sample, fetched: Future[bytes] | None, budget: ByteBudget, size: int
+    decode: Callable[[bytes], Decoded | Jpeg],
+    sample: Sample,
+    fetched: Future[bytes] | None,
+    budget: ByteBudget,
+    size: int,
 ) -> Outcome:
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.thread_time()
     fetch_s = 0.0
     data = sample.image
+    result: Decoded | Jpeg | Reject
     try:
         if sample.reject:
             raise sample.reject
         if fetched:
             data = fetched.result()
             fetch_s = time.perf_counter() - started
-        return Outcome(decode(data), len(data), fetch_s, time.perf_counter() - started - fetch_s)
+        result, stored = decode(data), len(data)
     except Reject as why:
-        return Outcome(why, len(data) or sample.size, fetch_s, time.perf_counter() - started - fetch_s)
+        result, stored = why, len(data) or sample.size
     finally:
         sample.image = b""
         budget.give(size)
+    return Outcome(result, stored, fetch_s, time.perf_counter() - started - fetch_s, time.thread_time() - cpu)
 
 
 def _weight(sample: Sample) -> int:
@@ -215,9 +227,10 @@ def _has_changed(shard: Shard) -> bool:
 def _timed(samples: Iterator[Sample], reading: _Reading) -> Iterator[Sample]:
     """The same samples; the time that each took to come is the reader's."""
     while True:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.thread_time()
         sample = next(samples, None)
         reading.read_s += time.perf_counter() - started
+        reading.read_cpu_s += time.thread_time() - cpu
         if sample is None:
             return
         yield sample

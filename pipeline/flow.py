@@ -1,11 +1,13 @@
-"""Threads around bounded queues that end together, and a bound on the bytes between them."""
+"""Threads around bounded queues that end together, a bound on the bytes between them, and calls a few at a time."""
 
 import queue
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -97,3 +99,18 @@ class ByteBudget:
         with self._freed:
             self._taken -= count
             self._freed.notify_all()
+
+
+def ordered(call: Callable[[S], T], items: Iterable[S], at_once: int) -> Iterator[T]:
+    """`call` of each item, in order, in so many threads; no more items and results than twice that are held."""
+    with ThreadPoolExecutor(at_once) as pool:
+        under_way = deque[Future[T]]()
+        try:
+            for item in items:
+                under_way.append(pool.submit(call, item))
+                if len(under_way) >= 2 * at_once:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

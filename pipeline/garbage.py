@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
+from pipeline.flow import ordered
 from pipeline.output import Root
 from pipeline.versions import OLD_SCRATCH_S, current, numbers, read_list, version_name
+
+DELETES_AT_ONCE = 32  # one after the other, a million take hours of waiting for a store's answers
 
 
 def collect_garbage(root: Root, keep: int, live_sets: Callable[[], set[str]]) -> list[str]:
@@ -13,20 +16,24 @@ def collect_garbage(root: Root, keep: int, live_sets: Callable[[], set[str]]) ->
     a commit may be about to name them. Candidates are listed first, so that what appears meanwhile is none of them;
     old versions go first, so that no reader finds one whose files are gone.
     """
-    candidates = [*root.list("versions"), *root.list("sets")]
+    candidates = {*root.list("versions"), *root.list("sets")}
     live = live_sets()
     known = numbers(root)
     dropped, kept = known[:-keep], [current(root, n) for n in known[-keep:]]
-    named = {name for v in kept for f in read_list(root, v) for name in f.names.values()}
-    named |= {name for v in kept for name in (v.files, version_name(v.version), f"sets/{v.set}/set.json")}
-    old_versions = [version_name(n) for n in dropped]
-    garbage = [name for name in old_versions if name in candidates]
-    for name in candidates:
-        is_live = name.startswith("versions/") if live else False
-        is_live |= name.startswith("sets/") and name.split("/")[1] in live
-        if name not in named and name not in old_versions and not is_live:
-            garbage.append(name)
-    for name in garbage:
+    named = {name for v in kept for name in (v.files, version_name(v.version), f"sets/{v.set}/set.json")}
+    for version in kept:
+        files = read_list(root, version)
+        for kind in files.kinds():
+            named.update(files.names(kind))
+    old_versions = [name for n in dropped if (name := version_name(n)) in candidates]
+    for name in old_versions:
         root.delete(name)
+
+    def is_live(name: str) -> bool:
+        return bool(live) if name.startswith("versions/") else name.split("/")[1] in live
+
+    rest = sorted(name for name in candidates - named - set(old_versions) if not is_live(name))
+    for _ in ordered(root.delete, rest, DELETES_AT_ONCE):
+        pass
     root.clear_scratch(OLD_SCRATCH_S)
-    return garbage
+    return [*old_versions, *rest]

@@ -1,11 +1,13 @@
 """Image bytes become one uint8 image of the model's size and channels, or a `Reject` that says why not.
 
 What enters was made by strangers: it may be empty, cut, a web page, or a bomb of a few kilobytes. What leaves is
-bit-equal to timm's own evaluation transform, short of its last step (divide by 255, subtract the mean, divide by the
-standard deviation), which belongs on the device. Refused are formats that Pillow cannot decode by itself, damaged
-files, and pixel counts or shapes that would cost gigabytes.
+timm's own evaluation transform of it, to the bit or within `resizing.BOUNDS`, short of its last step (divide by 255,
+subtract the mean, divide by the standard deviation), which belongs on the device. Usual JPEGs go through `jpegs`, all
+else, and whatever is odd about one, through Pillow; which way it was shows in no pixel and no reject. Refused are
+formats that Pillow cannot decode by itself, damaged files, and pixel counts or shapes that would cost gigabytes.
 """
 
+import contextlib
 import io
 import logging
 import re
@@ -21,8 +23,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from pipeline.errors import Reason, Reject, UsageError
+from pipeline.jpegs import Frame, decode, read_frame
+from pipeline.resizing import MODES, SWAPS, Resizer, Turn, as_array, as_image
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes, by the number of channels that a model takes
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: twice its Image.MAX_IMAGE_PIXELS
 MAX_ASPECT = 100  # the short side is what gets resized: 65500x1 would become 4 Gpx; 8000x8 (2.6 kB) costs 127 MB
 # Above this, one image at a time in a process. At 4 to 15 bytes a pixel (Pillow's RGB takes 4; a turn, a conversion, or
@@ -67,7 +70,6 @@ OTHER = {
 SCAN = b"\xff\xda"
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # with a length behind it, or the end mark
 
-Turn = Image.Transpose
 UPRIGHT = {
     2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
     7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
@@ -128,43 +130,71 @@ class Decoded(NamedTuple):
 
 
 class Decoder:
-    """`--decode exact`: called with one image's bytes; safe to call from many threads, and picklable.
+    """Called with one image's bytes; safe to call from many threads, and picklable.
 
-    Raises `Reject` with stage `decode` for a sample that gives no pixels, and nothing else.
+    Raises `Reject` with stage `decode` for a sample that gives no pixels, and nothing else. Which samples those are,
+    and why, is the same for every `how`.
     """
 
-    def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True):
-        """`exif_orientation`: turn images upright as `PIL.ImageOps.exif_transpose` does; else leave them as stored."""
+    def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True, how: str = "exact"):
+        """`exif_orientation`: turn images upright as `PIL.ImageOps.exif_transpose` does; else leave them as stored.
+
+        `how`: `--decode`. `exact`, `fast` or `scaled`, within what `resizing.BOUNDS` says of it.
+        """
         from timm.data import create_transform  # here: it takes seconds, and verbs that only read need none of it
 
-        self.preprocessing, self.exif_orientation = preprocessing, exif_orientation
+        self.preprocessing, self.exif_orientation, self.how = preprocessing, exif_orientation, how
         self.mode = MODES[preprocessing.input_size[0]]
         # use_prefetcher leaves out ToTensor and Normalize, and nothing else.
         self.transform = create_transform(**asdict(preprocessing), is_training=False, use_prefetcher=True)
+        self._resizer = Resizer(preprocessing, self.transform)
+        self._is_fast = how != "exact" and self._resizer.is_fast
         Image.init()  # here, because Pillow loads its plugins on first use and threads would race
         self.formats = tuple(name for name in FORMATS if name in Image.OPEN)
         # Pillow's warnings (large images, palette transparency, corrupt EXIF) tell nothing that is not handled here.
         # Silenced for the whole process, because catch_warnings around each call is not thread-safe.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written to
         logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors go to stderr, by logging's default
 
     def __reduce__(self) -> tuple[Callable[..., "Decoder"], tuple[Preprocessing]]:
-        return partial(Decoder, exif_orientation=self.exif_orientation), (self.preprocessing,)
+        return partial(Decoder, exif_orientation=self.exif_orientation, how=self.how), (self.preprocessing,)
 
     def __call__(self, data: bytes) -> Decoded:
         """`data`: an encoded image. Raises `Reject`."""
         if not data:
             raise Reject("empty", "decode", "no bytes")
         try:
-            image = self._open(data)
-            _refuse_large(*image.size)
-            pixels = _unpacked_pixels(image, data)
-            if pixels <= LARGE_PIXELS and image.format not in CONTAINERS:
-                return self._resized(self._converted(image, data))
-            with _one_large_image:
-                return self._resized(self._converted(image, data))
+            frame, image = read_frame(data), None
+            if frame is None or frame.orientation is None:
+                image = self._open(data)
+                frame = _judged(frame, image)
+            return (frame and self._of_jpeg(data, frame)) or self._of_any(data, image or self._open(data))
         except MemoryError as error:
             raise Reject("too_large", "decode", "there was not enough memory to decode it") from error
+
+    def _of_jpeg(self, data: bytes, frame: Frame) -> Decoded | None:
+        """None where it is for Pillow to say what this is."""
+        size = frame.width, frame.height
+        _refuse_large(*size)
+        if not frame.is_one_pass:
+            _refuse_scans(data)
+        turn = UPRIGHT.get(frame.orientation or 1) if self.exif_orientation else None
+        upright = size[::-1] if turn in SWAPS else size
+        with _room(frame.width * frame.height):
+            factor = self._resizer.factor(*upright) if self.how == "scaled" and self._is_fast else 1
+            pixels = decode(data, frame, factor)
+            if pixels is None:
+                return None
+            if self._is_fast and (frame.components == 1) == (self.mode == "L"):
+                return Decoded(self._resizer.fast(pixels, size, turn), *upright)
+            return self._resized(to_mode(_turned(as_image(pixels), turn), self.mode))
+
+    def _of_any(self, data: bytes, image: Image.Image) -> Decoded:
+        _refuse_large(*image.size)
+        pixels = _unpacked_pixels(image, data)
+        with _room(pixels if image.format not in CONTAINERS else MAX_PIXELS):
+            return self._resized(self._converted(image, data))
 
     def _open(self, data: bytes) -> Image.Image:
         """The image with its size known and its pixels not yet decoded."""
@@ -189,10 +219,28 @@ class Decoder:
             raise _why_not(data, error, image.format) from error
         _refuse_large(*image.size)  # an ICO's PNG may be larger than the ICO said
         turn = UPRIGHT.get(_orientation(image)) if self.exif_orientation else AS_STORED.get(stored_orientation)
-        return to_mode(image if turn is None else image.transpose(turn), self.mode)
+        return to_mode(_turned(image, turn), self.mode)
 
     def _resized(self, image: Image.Image) -> Decoded:
-        return Decoded(np.ascontiguousarray(self.transform(image).numpy()), image.width, image.height)
+        if self._is_fast:
+            return Decoded(self._resizer.fast(as_array(image), image.size), *image.size)
+        return Decoded(self._resizer.exact(image), *image.size)
+
+
+def _turned(image: Image.Image, turn: Turn | None) -> Image.Image:
+    return image if turn is None else image.transpose(turn)
+
+
+def _room(pixels: int) -> contextlib.AbstractContextManager[Any]:
+    """Held while so many pixels are decoded."""
+    return _one_large_image if pixels > LARGE_PIXELS else contextlib.nullcontext()
+
+
+def _judged(frame: Frame | None, image: Image.Image) -> Frame | None:
+    """The frame of a JPEG that Pillow opened for what only it can read, with the orientation."""
+    if frame is None or image.format not in ("JPEG", "MPO") or image.size != (frame.width, frame.height):
+        return None
+    return frame._replace(orientation=_orientation(image))
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -243,9 +291,14 @@ def _unpacked_pixels(image: Image.Image, data: bytes) -> int:
     if pixels > LARGE_PIXELS and any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
         what = f"{image.width}x{image.height} pixels of {image.format}"  # Pillow's own in Python: 0.2 to 1.5 us a pixel
         raise Reject("too_large", "decode", f"{what}: more than {LARGE_PIXELS}, which would take minutes")
-    if image.format in ("JPEG", "MPO") and data.count(SCAN) > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
-        raise Reject("too_large", "decode", f"a JPEG of {scans} scans: more than {MAX_SCANS}")
+    if image.format in ("JPEG", "MPO"):
+        _refuse_scans(data)
     return pixels
+
+
+def _refuse_scans(jpeg: bytes) -> None:
+    if jpeg.count(SCAN) > MAX_SCANS and (scans := _scans(jpeg)) > MAX_SCANS:
+        raise Reject("too_large", "decode", f"a JPEG of {scans} scans: more than {MAX_SCANS}")
 
 
 def _tile(image: Image.Image) -> tuple[int, int]:

@@ -43,8 +43,8 @@ class IsolatedDecoder:
     One image at a time, so that its memory is known: a shard that takes workers down may be of large ones.
     """
 
-    def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True):
-        self._settings = {"preprocessing": asdict(preprocessing), "exif_orientation": exif_orientation}
+    def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True, how: str = "exact"):
+        self._settings = {"preprocessing": asdict(preprocessing), "exif_orientation": exif_orientation, "how": how}
         self._shape = preprocessing.input_size
         self._one_image = threading.Lock()
         self._nursery: _Nursery | None = None
@@ -177,7 +177,7 @@ def serve(settings: dict[str, Any], source: BinaryIO, sink: BinaryIO) -> None:
     """Answers each image of `source` on `sink` by way of a child, until that ends; a dead child has a successor."""
     _die_with_the_parent()
     preprocessing = Preprocessing.of(settings["preprocessing"])  # JSON has no tuples
-    decoder = Decoder(preprocessing, exif_orientation=settings["exif_orientation"])
+    decoder = Decoder(preprocessing, exif_orientation=settings["exif_orientation"], how=settings["how"])
     child: _Child | None = None
     while True:
         try:

@@ -28,7 +28,7 @@ MAX_LAST_BYTES, MAX_NAME_BYTES = 255 - 42, 800
 SLICE_IMAGES = 1000  # mean images of a folder's slice: one file of output, about 4 MB at 1024 dimensions
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # a million of them are 0.5 GB
 class Shard:
     """One input object. `etag`: 16 hex digits over the object's own and all that decides how it is read."""
 
@@ -71,7 +71,7 @@ def list_shards(
     named = list[tuple[str, str, Shard]]()  # name, the longer name where that is taken, the shard
     folders = dict[str, dict[str, Entry]]()
     for source in found:
-        entries = [e for e in source.entries if left_out is None or _parts(e.url)[: len(left_out)] != left_out]
+        entries = _outside(left_out, source)
         for entry, form in _with_formats(source, entries, format):
             if entry.url in seen:
                 continue
@@ -84,6 +84,13 @@ def list_shards(
     for root, members in folders.items():
         named += _slices(root, members.values(), len(common))
     return sorted(_distinct(named), key=lambda s: s.name)
+
+
+def _outside(left_out: tuple[str, ...] | None, source: _Input) -> list[Entry]:
+    """The entries that do not lie below `left_out`."""
+    if left_out is None or any(a != b for a, b in zip(left_out, source.base, strict=False)):
+        return source.entries
+    return [e for e in source.entries if _parts(e.url)[: len(left_out)] != left_out]
 
 
 def _shard(entry: Entry, form: str, columns: Columns) -> Shard:
@@ -177,7 +184,7 @@ def _expanded(line: str, url: str) -> list[Entry]:
 
 
 def _format_of(url: str) -> str | None:
-    name = _parts(url)[-1].lower()
+    name = _without_query(url).rstrip("/").rpartition("/")[2].lower()
     for form, endings in ENDINGS.items():
         if name.endswith(endings):
             return form
@@ -196,18 +203,18 @@ def _with_formats(source: _Input, entries: list[Entry], format: str | None) -> l
     if not entries:
         raise UsageError(f"input {line}: all of it lies in the output")
     if source.kind == "file":
-        forms = [(e, format or _format_of(e.url)) for e in entries]
-        if any(form is None for _, form in forms):
+        named = [(e, format or _format_of(e.url)) for e in entries]
+        if any(form is None for _, form in named):
             raise UsageError(f"input {line}: its name tells no format: give --format")
-        return [(e, form) for e, form in forms if form]
+        return [(e, form) for e, form in named if form]
     wanted = _parts(_absolute(source.line))[len(source.base) :]  # of a glob: `.cache/*.tar` asks for hidden ones
     if not any(part.startswith((".", "_")) for part in wanted):
         entries = [e for e in entries if not _is_hidden(_parts(e.url)[len(source.base) :])]
-    kinds = {form: [e for e in entries if _format_of(e.url) == form] for form in FORMATS}
-    if format is None and kinds["webdataset"] and kinds["parquet"]:
+    forms = [_format_of(e.url) for e in entries]
+    if format is None and "webdataset" in forms and "parquet" in forms:
         raise UsageError(f"input {line}: holds tars and Parquet files: give --format webdataset or parquet")
-    chosen = format or next((form for form in FORMATS if kinds[form]), None)
-    matching = kinds[chosen] if chosen else []
+    chosen = format or next((form for form in FORMATS if form in forms), None)
+    matching = [e for e, form in zip(entries, forms, strict=True) if form == chosen]
     if chosen and not matching and source.kind == "glob":
         matching = entries
     if not chosen or not matching:
@@ -281,6 +288,8 @@ def _check_length(shard: Shard) -> None:
 
 def _text(name: str) -> str:
     """A name as valid Unicode on one line: bytes that were no UTF-8, and control characters, are spelled out."""
+    if name.isprintable():
+        return name
     valid = name.encode("utf-8", "backslashreplace").decode()
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in valid)
 

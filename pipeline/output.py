@@ -61,12 +61,15 @@ class Root:
 
     def list(self, folder: str) -> dict[str, int]:
         """Path below the root → size in bytes, of every object below `folder`; empty where there is none."""
+        cut = len(self.path.rstrip("/")) + 1
+
+        def listing() -> dict[str, int]:
+            return {info["name"][cut:]: int(info["size"] or 0) for info in below(self.fs, self.at(folder))}
+
         try:
-            found = self._do("list", folder, lambda: below(self.fs, self.at(folder)))
+            return self._do("list", folder, listing)
         except FileNotFoundError:
             return {}
-        cut = len(self.path.rstrip("/")) + 1
-        return {name[cut:]: int(info["size"] or 0) for name, info in found.items()}
 
     def read(self, name: str) -> bytes:
         self.fs.invalidate_cache()  # s3fs believes an older listing that a new object is not there

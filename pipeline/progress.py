@@ -1,4 +1,4 @@
-"""What a run shows while it works and says afterwards: a progress line, a note beside the output, what limited it."""
+"""What a run shows while it works: a progress line, and a note beside the output that says how it ended."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -16,7 +15,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.embed import STAGES, Receipt
+from pipeline.embed import Receipt
 from pipeline.errors import StorageError
 from pipeline.output import Root
 
@@ -175,32 +174,3 @@ def read_notes(root: Root) -> list[State]:
 
 def is_alive(state: State) -> bool:
     return state.state == "running" and time.time() - state.updated < ALIVE_S
-
-
-@dataclass(frozen=True)
-class Speed:
-    """`images_per_s`: the steady rate, each worker's samples over its own first start to last end, summed."""
-
-    images_per_s: float
-    limited_by: str  # a stage, or "nothing to do"
-    sentence: str
-
-
-def speed(receipts: Sequence[Receipt], decode_threads: int) -> Speed:
-    """What the run reached and which stage was busiest: seconds at work by seconds that its threads had."""
-    done = [r for r in receipts if r.embedded and r.files]
-    if not done:
-        return Speed(0.0, "nothing to do", "nothing to embed: every shard was done")
-    images_per_s = capacity_s = 0.0
-    for worker in {r.worker for r in done}:
-        own = [r for r in done if r.worker == worker]
-        span = max(1e-3, max(r.ended for r in own) - min(r.started for r in own))
-        images_per_s += sum(r.files.counts.samples for r in own if r.files) / span
-        capacity_s += span
-    threads = {"read": 1, "decode": decode_threads, "forward": 1, "write": 1}
-    busy = {s: sum(r.seconds[s] for r in done) / (capacity_s * threads[s]) for s in STAGES}
-    limit = max(busy, key=lambda s: busy[s])
-    others = ", ".join(f"{s} {busy[s]:.0%}" for s in STAGES if s != limit)
-    return Speed(
-        images_per_s, limit, f"{images_per_s:,.1f} images/s, limited by {limit} ({busy[limit]:.0%} busy; {others})"
-    )

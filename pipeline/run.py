@@ -8,14 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import actors, backbone, engines, versions, weights
-from pipeline.config import OUTPUTS, RunConfig, VectorSet
-from pipeline.embed import STAGES, Job, Receipt
+from pipeline import actors, backbone, engines, head, versions, weights
+from pipeline.config import RunConfig, VectorSet
+from pipeline.embed import Job, Receipt
 from pipeline.errors import StorageError, UsageError
+from pipeline.feeders import STREAMS
+from pipeline.journal import Journal
 from pipeline.listing import Shard, check_columns, list_shards
+from pipeline.lists import FileList
 from pipeline.output import Root
-from pipeline.progress import Display, Note, State, speed
-from pipeline.storage import digest, redact
+from pipeline.progress import Display, Note, State
+from pipeline.sets import vector_set
+from pipeline.speed import Means, Sums
 from pipeline.watch import Failed, Stalled, watch
 
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
@@ -44,9 +48,10 @@ class Run:
     todo: list[Shard]
     removed: list[str]
     started: float  # time.monotonic()
-    receipts: list[Receipt] = field(default_factory=list)
+    journal: Journal
+    sums: Sums = field(default_factory=Sums)
     failed: list[Receipt] = field(default_factory=list)
-    threads: int = 1  # that decode, of each actor
+    means: Means = field(default_factory=lambda: Means(cores=1, threads=1))
 
 
 @dataclass
@@ -67,6 +72,12 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
 
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
     """
+    is_early = not config.dry_run and head.is_early(config.output)
+    with head.starting(is_early, config.feeders):  # Ray, while the input is listed and the model loaded
+        return _embed(config, say)
+
+
+def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
     run = plan(config, say)
     if config.dry_run:
         say(_describe(run))
@@ -76,7 +87,7 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
     say(_describe(run))
     state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
     note = Note(run.root, state)
-    files: list[versions.ShardFiles] = []
+    files = FileList.of([])
     try:
         with _terminated_as_interrupted():
             if run.todo:
@@ -99,6 +110,7 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
         report = _report(run, files, version)
         what = f"version {version.version} of {run.root.url}" if version else f"metrics of {run.vectors.name}"
         ended = Result(COMMITTED, f"{what}: {_summary(report)}", report)
+    run.journal.put()
     state.result = ended.json or _report(run, files, None)
     note.close(ENDS[ended.exit_code])
     return replace(ended, json=state.result)
@@ -116,31 +128,12 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     device = backbone.resolve_device(config.device)
     if device == "cpu" and config.gpus_per_actor:
         raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
-    precision = backbone.resolve_precision(config.precision, device)
+    if config.decode == "cuda" and device == "cpu":
+        raise UsageError("--decode cuda: the device is the CPU; --decode fast decodes there")
+    if config.decode == "cuda" and config.feeders:
+        raise UsageError(f"--decode cuda: --feeders {config.feeders} send decoded images; use --decode fast with them")
     module = weights.load_module(config.model, config.weights, config.adapt)
-    facts = backbone.facts_of(module, config.model, config.outputs or (), config.feature_indices, config.feature_names)
-    outputs, top_k = _outputs(config, facts)
-    labels, source = _labels(config, facts) if top_k else ((), "none")
-    vectors = VectorSet(
-        model=config.model,
-        architecture=weights.architecture_of(config.model),
-        weights_sha256=weights.sha256(module.state_dict()),
-        preprocessing=facts.preprocessing,
-        exif_orientation=config.exif_orientation,
-        precision=precision,
-        engine=config.engine,
-        decode=config.decode,
-        outputs=outputs,
-        tensors=facts.tensors,
-        pooling=facts.pooling,
-        dim=facts.dim,
-        classes=facts.classes,
-        top_k=top_k,
-        labels_sha256=digest(*labels) if labels else "",
-        labels_source=source,
-        normalized=config.normalize,
-        vector_type=config.vector_type,
-    )
+    vectors, labels = vector_set(config, module, device)
     todo = _todo(root, vectors, shards)
     engine, fallback = config.engine, ""
     if todo:
@@ -149,11 +142,11 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
         engine, fallback = engines.resolve_engine(
             config.engine,
             module,
-            precision=precision,
+            precision=vectors.precision,
             device=device,
             batch_size=config.batch_size,
             threads=actors.likely_threads(config, len(shards)),
-            tensors=facts.tensors,
+            tensors=vectors.tensors,
         )
     if fallback:
         say(fallback)
@@ -173,6 +166,7 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
         todo=sorted(todo, key=lambda s: (-s.size, s.name)),
         removed=versions.removed(root, before, vectors.name, {s.name for s in shards}),
         started=started,
+        journal=Journal(root, vectors.name),
     )
 
 
@@ -185,37 +179,19 @@ def _list(config: RunConfig, root: Root) -> list[Shard]:
     return list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
 
 
-def _outputs(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], int]:
-    """The outputs asked for, in the contract's order, and k: 0 without classes, never more than there are classes."""
-    if config.only_metrics:
-        wanted = {"classes"}
-    elif config.outputs is None:
-        wanted = {"embedding", "classes"} if facts.classes else {"embedding"}
-    else:
-        wanted = {"embedding", *config.outputs}
-        if "heads" in wanted:
-            wanted.add("classes")  # the mean of both heads, beside the heads
-    if "classes" in wanted and not facts.classes:
-        flag = "--only-metrics" if config.only_metrics else "--outputs classes"
-        raise UsageError(f"{flag}: {config.model} has no classifier, with these weights")
-    if config.labels is not None and "classes" not in wanted:
-        raise UsageError(f"--labels {redact(config.labels)}: no classes are kept; add `classes` to --outputs")
-    outputs = tuple(o for o in OUTPUTS if o in wanted)
-    return outputs, min(config.top_k, facts.classes) if "classes" in outputs else 0
-
-
-def _labels(config: RunConfig, facts: backbone.Facts) -> tuple[tuple[str, ...], str]:
-    if config.labels is not None:
-        return backbone.read_labels(config.labels, facts.classes), "file"
-    return facts.label_names, facts.labels_source
-
-
 def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
     """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
     with actors.local_ray(run.config.feeders):
-        size, gpus, run.threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
+        size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
+        feeders = -(-run.config.feeders // size[1])
+        run.means = Means(
+            cores=actors.cores(),
+            threads=threads,
+            gpus=gpus or (1 / size[1] if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
+            streams=feeders * STREAMS,
+        )
         job = Job(
             vectors=run.vectors,
             labels=run.labels,
@@ -224,13 +200,17 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             output=run.root.url,
             device=run.device,
             batch_size=run.config.batch_size,
-            decode_threads=run.threads,
-            torch_threads=run.threads,
-            feeders=-(-run.config.feeders // size[1]),
+            decode_threads=threads,
+            # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
+            torch_threads=1 if run.device == "cuda" else threads,
+            gpu_share=min(1.0, gpus or 1 / size[1]),
+            feeders=feeders,
         )
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
             for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
-                run.receipts.append(receipt)
+                run.sums.add(receipt)
+                if receipt.files:
+                    run.journal.add(receipt.files)
                 if receipt.error:
                     run.failed.append(receipt)
                     say(f"shard {receipt.shard} failed: {receipt.error}")
@@ -240,7 +220,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
 
 def _check_failures(run: Run, finished: bool = False) -> None:
     failed = run.failed
-    if failed and (finished or (len(failed) >= FAILED_SHARDS and len(failed) > len(run.receipts) / 2)):
+    if failed and (finished or (len(failed) >= FAILED_SHARDS and len(failed) > run.sums.receipts / 2)):
         raise Failed(f"{len(failed)} of {len(run.todo)} shards failed, the first one with: {failed[0].error}")
 
 
@@ -257,16 +237,15 @@ class _terminated_as_interrupted:
             signal.signal(signal.SIGTERM, self._before)
 
 
-def _collect(run: Run) -> list[versions.ShardFiles]:
-    """The files of all shards: by receipt, else by the version before, else by their own footers."""
+def _collect(run: Run) -> FileList:
+    """The files of all shards: by receipt, of this run or an unfinished one, by the version before, else by footers."""
     before = versions.read_version(run.root)
-    listed = versions.read_list(run.root, before) if before and before.set == run.vectors.name else []
-    known = {f.embeddings: f for f in [*listed, *(r.files for r in run.receipts if r.files)]}
-    return versions.collect(run.root, run.vectors.folder, run.shards, known)
+    listed = versions.read_list(run.root, before) if before and before.set == run.vectors.name else FileList.of([])
+    return versions.collect(run.root, run.vectors.folder, run.shards, run.journal.read() + listed)
 
 
-def _gate(config: RunConfig, files: Sequence[versions.ShardFiles]) -> None:
-    total = versions.totals(files)
+def _gate(config: RunConfig, files: FileList) -> None:
+    total = files.totals
     if total.samples and total.rejected > config.max_reject_rate * total.samples:
         raise Refused(
             f"{total.rejected} of {total.samples} samples were rejected ({total.rejected / total.samples:.2%}, "
@@ -274,7 +253,7 @@ def _gate(config: RunConfig, files: Sequence[versions.ShardFiles]) -> None:
         )
 
 
-def _commit(run: Run, files: Sequence[versions.ShardFiles], say: Callable[[str], None]) -> versions.Version | None:
+def _commit(run: Run, files: FileList, say: Callable[[str], None]) -> versions.Version | None:
     """The version; None where metrics alone would take the place of vectors that readers use."""
 
     def stays(before: versions.Version) -> bool:
@@ -283,7 +262,9 @@ def _commit(run: Run, files: Sequence[versions.ShardFiles], say: Callable[[str],
         return run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before)
 
     version = versions.commit(run.root, run.vectors.name, files, stays)
-    if version is None:
+    if version:
+        run.journal.drop()
+    else:
         say("the current version and its vectors stay: metrics make no version beside them")
     return version
 
@@ -294,7 +275,9 @@ def _has_changed(run: Run) -> str:
         now = _list(run.config, run.root)
     except UsageError as e:
         return f"the input cannot be listed again ({e})"
-    is_same = [(s.name, s.etag) for s in now] == [(s.name, s.etag) for s in run.shards]
+    is_same = len(now) == len(run.shards) and all(
+        (a.name, a.etag) == (b.name, b.etag) for a, b in zip(now, run.shards, strict=True)
+    )
     return "" if is_same else "the input has changed"
 
 
@@ -302,12 +285,10 @@ def _reasons(rejects: dict[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in sorted(rejects.items(), key=lambda r: (-r[1], r[0]))) or "none"
 
 
-def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Version | None) -> dict[str, Any]:
+def _report(run: Run, files: FileList, version: versions.Version | None) -> dict[str, Any]:
     """The object of `embed --json`; counts are over all shards of the result, speed over what this run embedded."""
-    embedded = [r.files for r in run.receipts if r.files]
-    ours = [r.files for r in run.receipts if r.files and r.embedded]  # without what another driver was faster with
-    total = versions.totals(files or embedded)
-    pace = speed(run.receipts, run.threads)
+    sums = run.sums
+    total = files.totals if files else sums.counts
     seconds = time.monotonic() - run.started
     accuracy: dict[str, Any] = {}
     if total.labelled or run.config.only_metrics:
@@ -321,19 +302,17 @@ def _report(run: Run, files: Sequence[versions.ShardFiles], version: versions.Ve
         "version": version.version if version else None,
         "output": run.root.url,
         "shards": len(run.shards),
-        "shards_embedded": len(embedded),
+        "shards_embedded": sums.shards,
         "shards_unchanged": len(run.shards) - len(run.todo),
         "shards_removed": len(run.removed),
         "samples": total.samples,
         "rows": total.rows,
         "rejects": dict(sorted(total.rejects.items())),
         "seconds": round(seconds, 3),
-        "images_per_s": round(pace.images_per_s, 2),
-        "images_per_s_all_in": round(sum(f.counts.samples for f in ours) / seconds, 2),
-        "limited_by": pace.limited_by,
-        "speed": pace.sentence,
-        "stage_seconds": {s: round(sum(r.seconds[s] for r in run.receipts), 3) for s in STAGES},
-        "bytes_read": sum(r.bytes_read for r in run.receipts),
+        **sums.speed(run.means).as_dict(),
+        "images_per_s_all_in": round(sums.samples / seconds, 2),
+        "stage_seconds": {stage: round(s, 3) for stage, s in sums.stage_seconds.items()},
+        "bytes_read": sums.bytes_read,
         "failed": [{"shard": r.shard, "error": r.error} for r in run.failed],
         "removed": run.removed,
         **accuracy,

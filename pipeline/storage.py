@@ -119,28 +119,36 @@ def list_files(url: str) -> list[Entry]:
     """
     fs, path = resolve(url)
 
-    def listing() -> dict[str, Info]:
-        if url.endswith("/"):
-            return below(fs, path)
-        try:
-            info = info_of(fs, path, LOOK_GIVE_UP_S)
-        except FileNotFoundError:
-            if not has_magic(path.partition("?")[0] if path.startswith("http") else path):
-                raise
-            return _glob(fs, path)
-        return below(fs, path) if info["type"] == "directory" else {path: info}
+    def listing() -> list[Entry]:
+        return [entry(fs, info["name"], info) for info in found() if info["type"] == "file"]
+
+    def found() -> Iterator[Info]:
+        for info in _matches(fs, url, path):
+            if info.get("size") is None:  # a web server's index page
+                name = info["name"]
+                info = retrying(fs, "look at", name, partial(info_of, fs, name), LOOK_GIVE_UP_S) | {"name": name}
+            yield info
 
     try:
-        found = retrying(fs, "list", url, listing, LOOK_GIVE_UP_S)
-        for name in [name for name, info in found.items() if info.get("size") is None]:  # a web server's index page
-            found[name] = retrying(fs, "look at", name, partial(info_of, fs, name), LOOK_GIVE_UP_S)
+        files = retrying(fs, "list", url, listing, LOOK_GIVE_UP_S)
     except (OSError, ValueError, StorageError) as e:
         why = said(e) + (_missing_bucket(fs, path) if isinstance(e, FileNotFoundError) else "")
         raise UsageError(why if redact(url) in why else f"{redact(url)}: {why}") from e
-    files = [entry(fs, name, info) for name, info in found.items() if info["type"] == "file"]
     if not files:
         raise UsageError(f"nothing matches {redact(url)}{_missing_bucket(fs, path)}")
     return sorted(files, key=lambda e: e.url)
+
+
+def _matches(fs: fsspec.AbstractFileSystem, url: str, path: str) -> Iterator[Info]:
+    if url.endswith("/"):
+        return below(fs, path)
+    try:
+        info = info_of(fs, path, LOOK_GIVE_UP_S)
+    except FileNotFoundError:
+        if not has_magic(path.partition("?")[0] if path.startswith("http") else path):
+            raise
+        return _glob(fs, path)
+    return below(fs, path) if info["type"] == "directory" else iter([info | {"name": path}])
 
 
 def is_bucket(fs: fsspec.AbstractFileSystem) -> bool:
@@ -203,25 +211,30 @@ def children(fs: fsspec.AbstractFileSystem, folder: str, wait_s: float | None = 
     return children
 
 
-def below(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, Info]:
-    """Path → info of every object below a folder. Raises for a subfolder that cannot be listed."""
+def below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[Info]:
+    """Every object below a folder, in no order. Raises for a subfolder that cannot be listed."""
+    for info in _all_below(fs, folder):
+        name = info["name"]
+        # A name with `/` at its end only marks a folder; one with a query is a button of a web server's index page.
+        if info["type"] == "file" and not name.endswith("/") and not (info.get("size") is None and "?" in name):
+            yield info
+
+
+def _all_below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[Info]:
     find = getattr(type(fs), "_find" if fs.async_impl else "find")
     if is_local(fs) or find in (AsyncFileSystem._find, fsspec.AbstractFileSystem.find):
         # fsspec's own walk leaves out, without a word, the folders that it could not list; stores' own `find` does not.
-        found = {info["name"]: info for info in _walk(fs, folder, ())}
-    else:
-        fs.invalidate_cache()
-        found = fs.find(folder, detail=True)
-        if isinstance(found, list):  # adlfs, where an object bears the folder's name
-            bucket, _, key = folder.partition("/")
-            inside = fs.find(bucket, prefix=key, detail=True)
-            found = {name: info for name, info in inside.items() if name.startswith(f"{folder.rstrip('/')}/")}
-    return {
-        name: info
-        for name, info in found.items()
-        # A name with `/` at its end only marks a folder; one with a query is a button of a web server's index page.
-        if info["type"] == "file" and not name.endswith("/") and not (info.get("size") is None and "?" in name)
-    }
+        yield from _walk(fs, folder, ())
+        return
+    fs.invalidate_cache()
+    found = fs.find(folder, detail=True)
+    fs.invalidate_cache()  # which holds all of it too: 1.3 kB an object of S3
+    if isinstance(found, list):  # adlfs, where an object bears the folder's name
+        bucket, _, key = folder.partition("/")
+        inside = fs.find(bucket, prefix=key, detail=True)
+        found = {name: info for name, info in inside.items() if name.startswith(f"{folder.rstrip('/')}/")}
+    while found:
+        yield found.popitem()[1]  # and so gives its memory back as it goes
 
 
 def _walk(fs: fsspec.AbstractFileSystem, folder: str, above: tuple[str, ...]) -> Iterator[Info]:
@@ -235,14 +248,15 @@ def _walk(fs: fsspec.AbstractFileSystem, folder: str, above: tuple[str, ...]) ->
             yield info
 
 
-def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> dict[str, Info]:
+def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> Iterator[Info]:
     """Level by level: fsspec's own swallows errors, so that a refused listing looks like an empty one."""
     parts = pattern.split("/")
     fixed = next(i for i, part in enumerate(parts) if has_magic(part))
     folders = ["/".join(parts[:fixed])]
     if "**" in pattern:
         matches = re.compile(glob_translate(pattern)).match
-        return {name: info for name, info in below(fs, folders[0]).items() if matches(name)}
+        yield from (info for info in below(fs, folders[0]) if matches(info["name"]))
+        return
     found = list[Info]()
     for part in parts[fixed:]:
         found = []
@@ -252,7 +266,7 @@ def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> dict[str, Info]:
         is_match = re.compile(fnmatch.translate(part)).match
         found = [info for info in found if is_match(info["name"].rstrip("/").rpartition("/")[2])]
         folders = [info["name"].rstrip("/") for info in found if info["type"] == "directory"]
-    return {info["name"]: info for info in found if info["type"] == "file" and not info["name"].endswith("/")}
+    yield from (info for info in found if info["type"] == "file" and not info["name"].endswith("/"))
 
 
 def entry(fs: fsspec.AbstractFileSystem, path: str, info: Info) -> Entry:

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
@@ -22,11 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError
+from pipeline.flow import ordered
 from pipeline.listing import Shard
+from pipeline.lists import FileList, ShardFiles
 from pipeline.output import Root
 from pipeline.shards import read_keys
 from pipeline.tensor_rows import PREFIX
-from pipeline.versions import ShardFiles, Version, read_list, totals
+from pipeline.versions import Version, read_list
 
 SHARDS_AT_ONCE = 4
 NAMED = 20  # problems of one shard spelled out; the rest is counted
@@ -76,13 +77,12 @@ def verify(root: Root, version: Version, shards: Sequence[Shard] | None = None) 
     except StorageError as e:
         found.bad_file(version.files, e)
         return found
-    names = {f.shard for f in listed}
+    names = set(listed.column("shard").to_pylist())
     by_name = {s.name: s for s in shards} if shards is not None else None
     _verify_list(version, listed, found)
     described = _described(root, version, found)
-    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        for one in pool.map(lambda f: _verify_shard(root, described, f, by_name), listed):
-            found.add(one)
+    for one in ordered(lambda f: _verify_shard(root, described, f, by_name), listed, SHARDS_AT_ONCE):
+        found.add(one)
     for shard in (by_name or {}).values():
         if shard.name not in names:
             ids = [f"{shard.name}/{key}" for key in read_keys(shard)]
@@ -91,15 +91,15 @@ def verify(root: Root, version: Version, shards: Sequence[Shard] | None = None) 
     return found
 
 
-def _verify_list(version: Version, listed: list[ShardFiles], found: Findings) -> None:
-    for name, count in Counter(f.shard for f in listed).items():
+def _verify_list(version: Version, listed: FileList, found: Findings) -> None:
+    for name, count in Counter(listed.column("shard").to_pylist()).items():
         if count > 1:
             found.bad_file(version.files, f"shard {name} is listed {count} times")
     for f in listed:
         if f.counts.samples != f.counts.rows + f.counts.rejected:
             what = f"{f.counts.samples} samples are not {f.counts.rows} rows and {f.counts.rejected} rejects"
             found.bad_file(version.files, f"shard {f.shard}: {what}")
-    total = totals(listed)
+    total = listed.totals
     for name, listed_count, own in (
         ("shards", len(listed), version.shards),
         ("samples", total.samples, version.samples),

@@ -7,59 +7,29 @@ versions, never listings.
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.flow import ordered
 from pipeline.listing import Shard
+from pipeline.lists import KINDS, ROWS_AT_ONCE, FileList, ShardFiles
 from pipeline.output import Root
 from pipeline.rows import Counts, ShardWriter
 from pipeline.storage import digest
 from pipeline.tensor_rows import PREFIX
 
-KINDS = ("embeddings", "rejects", "tokens", "features", "heads")
 OURS = {"sets", "versions", "reports", "index", ".tmp"}  # what may lie in an output root
 FOOTERS_AT_ONCE = 32
 OLD_SCRATCH_S = 7 * 86400  # local files of killed writers; a slow model may be at one shard for hours
 COMMIT_TRIES = 20  # each lost race means that another driver committed
-
-FILES = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("etag", pa.string()),
-        *((name, kind) for k in KINDS for name, kind in ((k, pa.string()), (f"{k}_bytes", pa.int64()))),
-        ("samples", pa.int64()),
-        ("rows", pa.int64()),
-        ("rejected", pa.int64()),
-        ("counts", pa.string()),  # JSON of pipeline.rows.Counts
-    ]
-)
-
-
-@dataclass(frozen=True)
-class ShardFiles:
-    """One shard's published files, by kind: embeddings, rejects and what else its set keeps."""
-
-    shard: str
-    etag: str
-    names: dict[str, str]  # paths below the output root
-    sizes: dict[str, int]  # in bytes
-    counts: Counts
-
-    @property
-    def embeddings(self) -> str:
-        return self.names["embeddings"]
-
-    @property
-    def rejects(self) -> str:
-        return self.names["rejects"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,87 +217,87 @@ def current(root: Root, number: int | None = None) -> Version:
     return version
 
 
-def read_list(root: Root, version: Version) -> list[ShardFiles]:
+def read_list(root: Root, version: Version) -> FileList:
     """The files of a version, by shard. Raises `StorageError` where the list is damaged or gone."""
     try:
         content = root.read(version.files)
     except FileNotFoundError as e:
         raise StorageError(f"{version.files}, the list of version {version.version}, is gone") from e
     try:
-        return [_files_of(row) for row in pq.read_table(BytesIO(content)).to_pylist()]
-    except (ValueError, TypeError, KeyError, OSError, pa.ArrowException) as e:  # OSError: a page that does not unpack
+        return FileList.decode(content)
+    except (ValueError, OSError, pa.ArrowException) as e:  # OSError: a page that does not unpack
         raise StorageError(f"{version.files}, the list of version {version.version}, is damaged: {e}") from e
 
 
-def _files_of(row: dict[str, Any]) -> ShardFiles:
-    kinds = [kind for kind in KINDS if row[kind] is not None]
-    names, sizes = {k: row[k] for k in kinds}, {k: row[f"{k}_bytes"] for k in kinds}
-    return ShardFiles(row["shard"], row["etag"], names, sizes, Counts(**json.loads(row["counts"])))
-
-
-def collect(root: Root, folder: str, shards: Sequence[Shard], known: dict[str, ShardFiles]) -> list[ShardFiles]:
+def collect(root: Root, folder: str, shards: Sequence[Shard], known: FileList) -> FileList:
     """The files of every shard of the listing, in its order, each seen in a fresh listing of the output.
 
-    `known`: embeddings path → files, from receipts and the version before; the rest is read from footers.
-    Raises `StorageError` naming a shard that has no files.
+    `known`: from receipts and the version before, believed where all its files are there with their sizes; the rest
+    is read from footers. Raises `StorageError` naming a shard that has no files.
     """
+    names = pa.chunked_array(
+        [
+            pa.array([file_name(folder, "embeddings", s.name, s.etag) for s in shards[at : at + ROWS_AT_ONCE]])
+            for at in range(0, len(shards), ROWS_AT_ONCE)
+        ],
+        pa.string(),
+    )
+    sizes = _sizes(root, f"{folder}/embeddings", names)
+    if sizes.null_count:
+        absent = shards[pc.index(pc.is_null(sizes), True).as_py()].name
+        raise StorageError(f"{sizes.null_count} of {len(shards)} shards have no output yet, among them {absent}")
+    found = known.table.take(pc.index_in(names, value_set=known.column("embeddings")))
+    is_known = pc.equal(found["embeddings_bytes"], sizes)
+    for kind in FileList(found).kinds()[1:]:
+        is_there = pc.equal(found[f"{kind}_bytes"], _sizes(root, f"{folder}/{kind}", found[kind]))
+        is_known = pc.and_kleene(is_known, pc.or_kleene(pc.is_null(found[kind]), is_there))
+    unknown = np.flatnonzero(~pc.fill_null(is_known, False).to_numpy())
+    if len(unknown):
+        read = FileList.of(ordered(lambda i: read_files(root, names[i].as_py()), unknown, FOOTERS_AT_ONCE))
+        order = np.arange(len(shards))
+        order[unknown] = len(shards) + np.arange(len(unknown))
+        found = pa.concat_tables([found, read.table]).take(order)
+    files = FileList(found)
+    if wrong := files.wrong_sum():
+        counts = wrong.counts
+        raise StorageError(f"shard {wrong.shard}: {counts.samples} samples, {counts.rows} rows, {counts.rejects}")
+    return files
+
+
+def _sizes(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The bytes of each named object in a fresh listing of the folder; null where it is not there."""
     there = root.list(folder)
-    known = {n: f for n, f in known.items() if there.get(n) == f.sizes["embeddings"]}  # what was replaced is read anew
-    names = [file_name(folder, "embeddings", s.name, s.etag) for s in shards]
-    absent = [s.name for s, name in zip(shards, names, strict=True) if name not in there]
-    if absent:
-        raise StorageError(f"{len(absent)} of {len(shards)} shards have no output yet, among them {absent[0]}")
-    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-        found = list(pool.map(lambda name: known.get(name) or read_files(root, name), names))
-    for files in found:
-        counts = files.counts
-        for kind, name in files.names.items():
-            if name not in there:
-                raise StorageError(
-                    f"shard {files.shard}: its {kind} file {name} is gone: "
-                    f"delete {files.embeddings} to have the shard embedded again"
-                )
-        if counts.samples != counts.rows + counts.rejected:
-            raise StorageError(f"shard {files.shard}: {counts.samples} samples, {counts.rows} rows, {counts.rejects}")
-    return found
-
-
-def totals(files: Sequence[ShardFiles]) -> Counts:
-    total = Counts()
-    for f in files:
-        total.add(f.counts)
-    return total
+    listed, sizes = pa.array(list(there), pa.string()), pa.array(list(there.values()), pa.int64())
+    return pa.chunked_array([sizes]).take(pc.index_in(names, value_set=listed))
 
 
 def commit(
-    root: Root, set_name: str, files: Sequence[ShardFiles], stays: Callable[[Version], bool] = lambda before: False
+    root: Root, set_name: str, files: Iterable[ShardFiles], stays: Callable[[Version], bool] = lambda before: False
 ) -> Version | None:
     """Makes the files the current version, unless they already are; the version appears by one create-only write.
 
     None, and nothing done, where the version before `stays`; that is asked again after a lost race.
     """
-    table = pa.Table.from_pylist([_row(f) for f in files], schema=FILES)
-    buffer = BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    list_name = f"versions/files-{digest(set_name, *table.to_pylist())}.parquet"
-    total = totals(files)
+    listed = FileList.of(files)
+    list_name = f"versions/files-{digest(set_name, listed.identity())}.parquet"
+    total = listed.totals
     for _ in range(COMMIT_TRIES):
         before = read_version(root)
         if before is not None and before.set == set_name and before.files == list_name:
             return before
         if before is not None and stays(before):
             return None
-        root.put_new(list_name, buffer.getvalue())
+        root.put_new(list_name, listed.encode())
         version = Version(
             version=before.version + 1 if before else 1,
             set=set_name,
             files=list_name,
-            shards=len(files),
+            shards=len(listed),
             samples=total.samples,
             rows=total.rows,
             rejects=dict(sorted(total.rejects.items())),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            removed=removed(root, before, set_name, {f.shard for f in files}),
+            removed=removed(root, before, set_name, set(listed.column("shard").to_pylist())),
         )
         content = json.dumps(asdict(version), indent=1).encode()
         if root.put_new(version_name(version.version), content):
@@ -339,13 +309,7 @@ def removed(root: Root, before: Version | None, set_name: str, shards: set[str])
     """The shards of the version before that are not in the input any more; none where it was of another set."""
     if before is None or before.set != set_name:
         return []
-    return sorted(f.shard for f in read_list(root, before) if f.shard not in shards)
-
-
-def _row(f: ShardFiles) -> dict[str, Any]:
-    counts = {"samples": f.counts.samples, "rows": f.counts.rows, "rejected": f.counts.rejected}
-    named = {k: f.names.get(k) for k in KINDS} | {f"{k}_bytes": f.sizes.get(k) for k in KINDS}
-    return {"shard": f.shard, "etag": f.etag, **named, **counts, "counts": json.dumps(asdict(f.counts))}
+    return sorted(set(read_list(root, before).column("shard").to_pylist()) - shards)
 
 
 def version_name(number: int) -> str:
@@ -358,21 +322,21 @@ def version_name(number: int) -> str:
 def files(url: str, *, kind: str = "embeddings", version: int | None = None) -> list[str]:
     """The URLs of a version's files of one kind, ready for any Parquet reader."""
     root, listed = _listed(url, kind, version)
-    return [f"{root.url}/{f.names[kind]}" for f in listed]
+    return [f"{root.url}/{name}" for name in listed.names(kind)]
 
 
 def open_dataset(url: str, *, kind: str = "embeddings", version: int | None = None) -> ds.Dataset:
     """A pyarrow dataset of one version (the current one by default): one set, whole files, each row once."""
     root, listed = _listed(url, kind, version)
-    return ds.dataset([root.at(f.names[kind]) for f in listed], format="parquet", filesystem=root.fs)
+    return ds.dataset([root.at(name) for name in listed.names(kind)], format="parquet", filesystem=root.fs)
 
 
-def _listed(url: str, kind: str, number: int | None) -> tuple[Root, list[ShardFiles]]:
+def _listed(url: str, kind: str, number: int | None) -> tuple[Root, FileList]:
     if kind not in KINDS:
         raise UsageError(f"--kind {kind}: choose one of {', '.join(KINDS)}")
     root = existing_output(url)
     version = current(root, number)
     listed = read_list(root, version)
-    if any(kind not in f.names for f in listed):
+    if listed.column(kind).null_count:
         raise UsageError(f"version {version.version} of {root.url} has no {kind}: it was embedded without")
     return root, listed

@@ -35,6 +35,7 @@ from s3_server import S3Server  # noqa: E402
 from pipeline import versions  # noqa: E402
 from pipeline.errors import StorageError, UsageError  # noqa: E402
 from pipeline.listing import Shard, list_shards  # noqa: E402
+from pipeline.lists import FileList  # noqa: E402
 from pipeline.output import Root  # noqa: E402
 from pipeline.verify import verify  # noqa: E402
 
@@ -140,7 +141,7 @@ class Chaos:
                 receipts = made.embed(job, listed)
                 if any(r.error for r in receipts):
                     continue
-                known = {r.files.embeddings: r.files for r in receipts if r.files}
+                known = FileList.of(r.files for r in receipts if r.files)
                 files = versions.collect(root, job.vectors.folder, listed, known)
                 version = versions.commit(root, job.vectors.name, files)
                 assert version is not None

@@ -133,7 +133,7 @@ def nodes(folder: Path, rng: random.Random, kills: int) -> Score:
 
 def _on_a_cluster(inputs: str, output: str, kills: int, seed: str) -> int:
     """The driver of `nodes`: it sits on the head, and the second node is killed again and again."""
-    from pipeline import actors  # first: it sets Ray's environment
+    from pipeline import actors, head  # first: they set Ray's environment
 
     import ray  # isort: skip
     from ray.cluster_utils import Cluster  # isort: skip
@@ -151,7 +151,7 @@ def _on_a_cluster(inputs: str, output: str, kills: int, seed: str) -> int:
         max_reject_rate=0.1,
         actors=(2, 2),
     )
-    node = {"num_cpus": 1, "object_store_memory": actors.OBJECT_STORE_BYTES}
+    node = {"num_cpus": 1, "object_store_memory": head.OBJECT_STORE_BYTES}
     cluster = Cluster(initialize_head=True, connect=True, head_node_args=node)
     second = cluster.add_node(**node)
     actors.start_ray()

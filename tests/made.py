@@ -10,6 +10,8 @@ from pipeline.config import Adapt, VectorSet
 from pipeline.embed import Embedder, Job, Receipt
 from pipeline.feed import LocalFeed
 from pipeline.listing import Shard, list_shards
+from pipeline.lists import ShardFiles
+from pipeline.rows import Counts
 
 MODEL = "test_vit"
 
@@ -81,3 +83,21 @@ def receipts(embedder: Embedder, shards: Sequence[Shard]) -> list[Receipt]:
 def embed(job: Job, shards: list[Shard] | Path) -> list[Receipt]:
     listed = list_shards([str(shards)]) if isinstance(shards, Path) else shards
     return receipts(embedder(job), listed)
+
+
+def receipt(worker: str, start: float, end: float, rows: int, rejects: int = 0, **changes: object) -> Receipt:
+    """As of a shard that took these seconds, by hand; without `seconds` and `cpu_s` no stage took any."""
+    counts = Counts(rows + rejects, rows, {"corrupt": rejects} if rejects else {})
+    files = ShardFiles("s", "e", {"embeddings": "a.parquet"}, {"embeddings": 1}, counts)
+    fields: dict[str, object] = {
+        "shard": "s",
+        "files": files,
+        "error": None,
+        "embedded": True,
+        "bytes_read": 1,
+        "seconds": {},
+        "started": start,
+        "ended": end,
+        "worker": worker,
+    }
+    return Receipt(**(fields | changes))  # type: ignore[arg-type]

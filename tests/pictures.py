@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.images import Decoder, Preprocessing
 
+HOWS = ("exact", "fast", "scaled")  # of --decode, on the CPU
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
 
@@ -172,5 +173,8 @@ def data_config(model: str, channels: int = 3) -> dict[str, Any]:
     return config | {"input_size": (channels, *config["input_size"][1:])}
 
 
-def decoder(model: str = "pit_s_224", channels: int = 3, *, exif_orientation: bool = True) -> Decoder:
-    return Decoder(Preprocessing.of(data_config(model, channels)), exif_orientation=exif_orientation)
+@cache
+def decoder(
+    model: str = "pit_s_224", channels: int = 3, *, exif_orientation: bool = True, how: str = "exact"
+) -> Decoder:
+    return Decoder(Preprocessing.of(data_config(model, channels)), exif_orientation=exif_orientation, how=how)

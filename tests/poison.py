@@ -1,8 +1,8 @@
 """Images that kill the process that decodes them, really: Pillow, patched before anything else is imported.
 
 No image that crashes a current Pillow is known, so one is made: the folder's `sitecustomize` goes into the environment
-of the run, and every process of it meets a JPEG whose comment says so with a
-jump to address 0, a kill, a hang, a loop or a lie.
+of the run, and every process of it meets a JPEG whose comment says so with a jump to address 0, a kill, a hang, a loop
+or a lie. Of four colours, as others are not Pillow's to decode.
 """
 
 import os
@@ -50,7 +50,7 @@ JpegImagePlugin.JpegImageFile.load = poisoned
 
 def poison(kind: str) -> bytes:
     """`kind`: segfault, out of memory, exit, hang, loop, nonsense or endless answer (of a decoder taken over)."""
-    return jpeg(comment=kind)
+    return jpeg(mode="CMYK", comment=kind)
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from typer.testing import CliRunner
 
 from jobs import job_file
 from jobs.__main__ import app
-from pipeline import versions
+from pipeline import machine, versions
 from pipeline.errors import UsageError
 from pipeline.output import Root
 
@@ -71,7 +72,7 @@ WRONG = {
     "bad indices": (["--feature-indices", "0;2"], "--feature-indices 0;2: must be whole numbers"),
     "channels": (["--in-chans", "2"], "images of 2 channels"),
     "engine": (["--engine", "onnx"], "--engine onnx: choose one of eager, compile, openvino"),
-    "decode": (["--decode", "fast"], "--decode fast is not available yet"),
+    "decode": (["--decode", "cuda", "--device", "cpu"], "--decode cuda: the device is the CPU"),
     "cluster": (["--ray-address", "auto"], "--ray-address auto is not available yet"),
 }
 
@@ -108,11 +109,50 @@ def test_required_flags_are_asked_for() -> None:
     assert call("embed")[0::2] == (2, "shard2vec: --input is missing: see `shard2vec embed --help`\n")
 
 
-@pytest.mark.parametrize("verb", ["demo", "embed", "status", "files", "verify", "describe", "gc"])
+@pytest.mark.parametrize("verb", ["demo", "embed", "status", "files", "verify", "describe", "bench", "gc"])
 def test_every_verb_shows_a_working_example(verb: str) -> None:
     """--help says what the verb does and ends with a command to copy."""
     code, out, _ = call(verb, "--help")
     assert code == 0 and "Example: " in out and verb in out
+
+
+def test_bench_ends_in_a_command_that_runs(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage has its cost, the trial its rate; `embed` takes the setting as it is printed, in words and as JSON."""
+    monkeypatch.setattr(machine, "cores", lambda: 1)
+    asked = ["bench", "--input", shards, "--model", "test_vit", "--seconds", 2, "--actors", 1, "--outputs", "classes"]
+    code, out, err = call(*asked, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    rows = [told["read"], told["transfer"], told["write"], *told["decode"], *told["forward"]]
+    assert all(row["cpu_ms"] > 0 and row["images_per_s"] > 0 for row in rows)
+    assert 0 < told["expected_images_per_s"] == told["trial"]["images_per_s"]
+    assert told["images"]["count"] == 21 and told["trial"]["images"] > 0
+    exact = told["decode"][0]
+    assert (exact["decode"], exact["largest_levels"], exact["cosine"]) == ("exact", 0, pytest.approx(1))
+    assert told["ceiling_images_per_s"] in [d["ceiling_images_per_s"] for d in told["decode"]]
+    assert "CPU ms" in err and told["command"] in err.splitlines()[-1]
+    words = shlex.split(told["command"].replace("--output out", f"--output {tmp_path / 'out'} --weights random:0"))
+    code, out, err = call(*words[1:], "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["shards_to_embed"] == 3, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "pit_b_242"], "pit_b_224"),
+        (["--input", "{tmp}/none-*.tar"], "nothing matches"),
+        (["--input", "{tmp}/empty.tar"], "holds no image"),
+        (["--seconds", "0.5"], "--seconds 0.5: must be 1 or more"),
+        (["--decode", "slow"], "--decode slow: choose one of"),
+    ],
+)
+def test_bench_says_what_is_wrong(flags: list[str], message: str, tmp_path: Path) -> None:
+    """Exit 2 and one sentence, as `embed`."""
+    write_tar(tmp_path / "empty.tar", {"a.txt": b"no image"})
+    defaults = {"--model": "test_vit", "--input": str(tmp_path / "empty.tar"), "--seconds": "2"}
+    asked = defaults | {flags[0]: flags[1].format(tmp=tmp_path)}
+    code, out, err = call("bench", *(part for pair in asked.items() for part in pair))
+    assert (code, out) == (2, "") and message in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_a_job_file_stands_for_flags_and_the_command_line_wins(tmp_path: Path) -> None:
@@ -210,7 +250,9 @@ def test_the_command_lines_vectors_are_timms(model: str, shards: Path, tmp_path:
     write_tar(tmp_path / "x.tar", [*list(members.items())[:3], ("photo_2.cls", b"5"), *list(members.items())[3:]])
     args = ["embed", "--input", tmp_path / "x.tar", "--output", tmp_path / "out", "--model", model]
     args += ["--outputs", "classes,tokens,features", "--feature-indices", "2,0"]
-    code, out, err = call(*args, "--weights", "random:0", "--precision", "fp32", "--batch-size", 3, "--json")
+    code, out, err = call(
+        *args, "--weights", "random:0", "--precision", "fp32", "--decode", "exact", "--batch-size", 3, "--json"
+    )
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["rows"] == 4
     want = oracle.expected(model, images)
@@ -242,7 +284,7 @@ def test_another_size_and_grey_images_from_the_command_line(tmp_path: Path, ray_
     safetensors.torch.save_file(net.state_dict(), tmp_path / "w.safetensors")
     args = ["embed", "--input", tmp_path / "x.tar", "--output", tmp_path / "out", "--model", "pit_ti_224", "--json"]
     args += ["--weights", tmp_path / "w.safetensors", "--precision", "fp32", "--image-size", "256X192", "--in-chans", 1]
-    code, out, err = call(*args, "--outputs", "tokens")
+    code, out, err = call(*args, "--outputs", "tokens", "--decode", "exact")
     assert code == 0, err
     adapted = timm.create_model("pit_ti_224", img_size=(256, 192), in_chans=1).eval()
     state = net.state_dict()

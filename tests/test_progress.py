@@ -1,4 +1,4 @@
-"""What a run shows and says: counts that are right at the end, the stage that limited it, a note that others read."""
+"""What a run shows: counts that are right at the end, lines at their time, a note that others read."""
 
 import io
 import json
@@ -6,57 +6,24 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import made
 import pytest
 
 from pipeline import progress
-from pipeline.embed import Receipt
 from pipeline.output import Root
-from pipeline.progress import Display, Note, State, is_alive, read_notes, speed
-from pipeline.rows import Counts
-from pipeline.versions import ShardFiles
-
-
-def receipt(worker: str, start: float, end: float, rows: int, rejects: int = 0, **seconds: float) -> Receipt:
-    counts = Counts(rows + rejects, rows, {"corrupt": rejects} if rejects else {})
-    files = ShardFiles("s", "e", {"embeddings": "a.parquet"}, {"embeddings": 1}, counts)
-    stages = dict.fromkeys(("read", "decode", "forward", "write"), 0.0) | seconds
-    return Receipt(
-        shard="s",
-        files=files,
-        error=None,
-        embedded=True,
-        bytes_read=1,
-        seconds=stages,
-        started=start,
-        ended=end,
-        worker=worker,
-    )
-
-
-def test_the_steady_rate_is_the_sum_of_the_workers_own() -> None:
-    """A worker that started later or had fewer shards does not make the others look slow."""
-    told = speed([receipt("a", 0, 10, 100), receipt("a", 9, 20, 100), receipt("b", 15, 25, 300)], decode_threads=1)
-    assert told.images_per_s == pytest.approx(200 / 20 + 300 / 10)
-
-
-def test_the_busiest_stage_limits() -> None:
-    """Each stage's seconds count against the threads that it had."""
-    one = receipt("a", 0, 10, 100, decode=15.0, forward=9.0, read=1.0)
-    assert speed([one], decode_threads=2).limited_by == "forward"
-    assert speed([one], decode_threads=1).limited_by == "decode"
-    assert speed([], decode_threads=1).limited_by == "nothing to do"
+from pipeline.progress import Display, Note, State, is_alive, read_notes
 
 
 def test_counts_go_up_and_end_exact() -> None:
     """Late and repeated ticks of the actors never make more images than there are when all is done."""
     state = State(set="x@1", shards=2)
     state.see({"a": {"under_way": {"s": (40, 1)}}})
-    state.finish(replace(receipt("a", 0, 1, 50, 2), shard="s"))
+    state.finish(replace(made.receipt("a", 0, 1, 50, 2), shard="s"))
     state.see({"a": {"under_way": {"s": (50, 2)}}})  # of a second ago
     assert state.images == 50
     state.see({"a": {"under_way": {"t": (15, 0), "u": (2, 0)}}, "b": {"under_way": {"t": (18, 0)}}})  # one was silent
     assert (state.images, state.rejects) == (70, 2)
-    state.finish(replace(receipt("a", 1, 2, 30), shard="t"))
+    state.finish(replace(made.receipt("a", 1, 2, 30), shard="t"))
     state.settle()
     assert (state.shards_done, state.images, state.rejects) == (2, 80, 2)
 

@@ -21,6 +21,7 @@ from test_weights import save_local_dir
 from pipeline import versions
 from pipeline.columns import Columns
 from pipeline.config import RunConfig
+from pipeline.embed import STAGES
 from pipeline.listing import list_shards
 from pipeline.output import Root
 from pipeline.progress import is_alive, read_notes
@@ -38,6 +39,7 @@ def config(inputs: Path, output: Path, **changes: object) -> RunConfig:
         model="test_vit",
         weights="random:0",
         precision="fp32",
+        decode="exact",
         batch_size=4,
         max_reject_rate=0.2,
         actors=(1, 1),
@@ -67,7 +69,12 @@ def test_a_run_commits_every_sample_once(done: tuple[Path, Result], shards: Path
     assert result.exit_code == COMMITTED
     assert (told["version"], told["shards"], told["shards_embedded"], told["shards_unchanged"]) == (1, 3, 3, 0)
     assert (told["samples"], told["rows"], told["rejects"]) == (24, 21, oracle.REJECTS)
-    assert told["images_per_s"] > 0 and told["limited_by"] in ("read", "decode", "forward", "write")
+    assert told["images_per_s"] > 0 and told["limited_by"] in (*STAGES, "waiting")
+    assert told["images_per_s"] == pytest.approx(told["of_ceiling"] * told["ceiling_images_per_s"], rel=0.01)
+    assert told["stage_seconds"].keys() == told["stage_busy"].keys() == told["cpu_seconds"].keys() == set(STAGES)
+    assert all(told["stage_seconds"][stage] > 0 for stage in STAGES) and told["device_busy"] is None
+    (note,) = read_notes(Root(str(output)))
+    assert note.result == told and told["speed"] in result.message
     assert 0 <= told["top1"] <= told["top5"] <= 1
     root = Root(str(output))
     assert verify(root, versions.current(root), list_shards([str(shards)])).clean

@@ -18,7 +18,9 @@ from pictures import jpeg
 
 from pipeline import versions
 from pipeline.listing import list_shards
+from pipeline.lists import FileList, ShardFiles
 from pipeline.output import Root
+from pipeline.rows import Counts
 from pipeline.tensor_rows import PREFIX
 from pipeline.verify import Findings, verify
 
@@ -69,9 +71,9 @@ def check(output: Path, shards: Path | None = None) -> Findings:
     return verify(root, versions.current(root), list_shards([str(shards)]) if shards else None)
 
 
-def listed(output: Path) -> list[versions.ShardFiles]:
+def listed(output: Path) -> list[ShardFiles]:
     root = Root(str(output))
-    return versions.read_list(root, versions.current(root))
+    return list(versions.read_list(root, versions.current(root)))
 
 
 def file_of(output: Path, kind: str = "embeddings", shard: str = "a/one") -> Path:
@@ -85,7 +87,7 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(table, path, write_page_checksum=True)
 
 
-def relist(output: Path, change: Callable[[versions.ShardFiles], versions.ShardFiles] = lambda f: f) -> None:
+def relist(output: Path, change: Callable[[ShardFiles], ShardFiles] = lambda f: f) -> None:
     """Commits a version of what lies there: sizes as they are now, counts as `change` has them."""
     root, files = Root(str(output)), []
     for f in listed(output):
@@ -358,7 +360,7 @@ def test_damaged_input_is_compared_as_it_was_embedded(tmp_path: Path) -> None:
     root = Root(str(tmp_path / "out"))
     found = verify(root, versions.current(root), inputs)
     assert found.problems == []
-    total = versions.totals(files)
+    total = FileList.of(files).totals
     assert found.ids == total.samples == total.rows + total.rejected and total.rows > 0
     assert {"truncated", "corrupt", "empty", "missing_image"} <= total.rejects.keys()
 
@@ -367,7 +369,7 @@ def test_what_is_held_does_not_grow_with_the_shards(output: Path) -> None:
     """48 shards of 2,000 rows take what 8 take: the ids of the few under way, not those of the dataset."""
     paths = {kind: file_of(output, kind) for kind in ("embeddings", "rejects")}
     sources = {kind: (path, pq.read_table(path)) for kind, path in paths.items()}
-    counts, files = versions.Counts(samples=2000, rows=2000), []
+    counts, files = Counts(samples=2000, rows=2000), []
     for shard in (f"s{n}" for n in range(48)):
         names = {k: str(path.relative_to(output)).replace("a/one", shard) for k, (path, _) in sources.items()}
         own = {"shard": shard, "counts": json.dumps(vars(counts)), "files": json.dumps({"rejects": names["rejects"]})}
@@ -381,12 +383,12 @@ def test_what_is_held_does_not_grow_with_the_shards(output: Path) -> None:
             metadata = table.schema.metadata | {f"{PREFIX}{k}".encode(): v for k, v in own.items()}
             pq.write_table(rows.replace_schema_metadata(metadata), output / names[kind])
         sizes = {k: (output / name).stat().st_size for k, name in names.items()}
-        files.append(versions.ShardFiles(shard, listed(output)[0].etag, names, sizes, counts))
+        files.append(ShardFiles(shard, listed(output)[0].etag, names, sizes, counts))
     few, many = peak_of(output, files[:8]), peak_of(output, files)
     assert few > 2e6 and many < 1.3 * few
 
 
-def peak_of(output: Path, files: list[versions.ShardFiles]) -> int:
+def peak_of(output: Path, files: list[ShardFiles]) -> int:
     """Bytes of Python's that verifying a version of the files takes."""
     etag = files[0].etag
     versions.commit(Root(str(output)), made.vector_set().name, [replace(f, etag=etag) for f in files])

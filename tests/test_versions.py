@@ -16,11 +16,12 @@ from pipeline import versions
 from pipeline.errors import StorageError, UsageError
 from pipeline.garbage import collect_garbage
 from pipeline.listing import Shard, list_shards
+from pipeline.lists import FileList, ShardFiles
 from pipeline.output import Root
-from pipeline.versions import ShardFiles
 
 FOLDER = made.vector_set().folder
 SET = made.vector_set().name
+NONE = FileList.of([])
 
 
 def embedded(output: Path, shards: Path) -> tuple[Root, list[Shard], list[ShardFiles]]:
@@ -35,7 +36,7 @@ def test_a_version_is_a_numbered_list_of_whole_files(tmp_path: Path, shards: Pat
     assert (version.version, version.set, version.shards) == (1, SET, 3)
     assert (version.samples, version.rows, version.rejects) == (24, 21, oracle.REJECTS)
     assert versions.current(root) == version
-    assert versions.read_list(root, version) == files == versions.collect(root, FOLDER, listed, {})
+    assert list(versions.read_list(root, version)) == files == list(versions.collect(root, FOLDER, listed, NONE))
     paths = versions.files(str(tmp_path))
     assert sum(pq.read_metadata(p).num_rows for p in paths) == 21
     assert sum(pq.read_metadata(p).num_rows for p in versions.files(str(tmp_path), kind="rejects")) == 3
@@ -110,7 +111,7 @@ def test_an_unfinished_shard_keeps_the_version_from_being_made(tmp_path: Path, s
     root, listed, files = embedded(tmp_path, shards)
     (tmp_path / files[1].embeddings).unlink()
     with pytest.raises(StorageError, match="1 of 3 shards have no output yet, among them a/two"):
-        versions.collect(root, FOLDER, listed, {})
+        versions.collect(root, FOLDER, listed, NONE)
 
 
 def test_counts_that_do_not_add_up_keep_the_version_from_being_made(tmp_path: Path, shards: Path) -> None:
@@ -118,10 +119,10 @@ def test_counts_that_do_not_add_up_keep_the_version_from_being_made(tmp_path: Pa
     root, listed, files = embedded(tmp_path, shards)
     wrong = replace(files[0], counts=replace(files[0].counts, samples=99))
     with pytest.raises(StorageError, match="99 samples"):
-        versions.collect(root, FOLDER, listed, {wrong.embeddings: wrong})
+        versions.collect(root, FOLDER, listed, FileList.of([wrong]))
     (tmp_path / files[2].rejects).unlink()
-    with pytest.raises(StorageError, match="rejects file"):
-        versions.collect(root, FOLDER, listed, {f.embeddings: f for f in files})
+    with pytest.raises(StorageError, match=r"rejects/.* is gone: delete"):
+        versions.collect(root, FOLDER, listed, FileList.of(files))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "embeddings/part-0.parquet"])
@@ -231,7 +232,7 @@ def test_a_damaged_file_under_a_finished_shards_name_is_told(tmp_path: Path, sha
     root, listed, files = embedded(tmp_path, shards)
     (tmp_path / files[0].embeddings).write_bytes(b"PAR1 not really PAR1")
     with pytest.raises(StorageError, match=r"is damaged or no file of ours .* delete it and run again"):
-        versions.collect(root, FOLDER, listed, {})
+        versions.collect(root, FOLDER, listed, NONE)
     (receipt, *_) = made.embed(made.job(tmp_path), listed[:1])
     assert receipt.files is None and "delete it and run again" in receipt.error
 
@@ -242,8 +243,8 @@ def test_a_repaired_shard_gets_a_new_record(tmp_path: Path, shards: Path) -> Non
     first = versions.commit(root, SET, files)
     wrong = [replace(files[0], sizes=files[0].sizes | {"embeddings": 1}), *files[1:]]
     assert versions.commit(root, SET, wrong).version == first.version + 1
-    again = versions.collect(root, FOLDER, list_shards([str(shards)]), {f.embeddings: f for f in wrong})
-    assert again == files  # a record whose size is not the file's is not believed
+    again = versions.collect(root, FOLDER, list_shards([str(shards)]), FileList.of(wrong))
+    assert list(again) == files  # a record whose size is not the file's is not believed
 
 
 def test_rejects_that_are_gone_say_what_to_do(tmp_path: Path, shards: Path) -> None:
@@ -251,7 +252,7 @@ def test_rejects_that_are_gone_say_what_to_do(tmp_path: Path, shards: Path) -> N
     root, listed, files = embedded(tmp_path, shards)
     (tmp_path / files[0].rejects).unlink()
     with pytest.raises(StorageError, match="is gone: delete sets/"):
-        versions.collect(root, FOLDER, listed, {})
+        versions.collect(root, FOLDER, listed, NONE)
     (tmp_path / files[0].embeddings).unlink()
     assert [r.files for r in made.embed(made.job(tmp_path), listed)] == files
 

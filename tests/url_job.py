@@ -70,6 +70,7 @@ def embed_by_urls(root: str, shards: Path, secrets: Sequence[str]) -> None:
         "weights": f"{root}/w/model.safetensors",
         "labels": f"{root}/labels.txt",
         "precision": "fp32",
+        "decode": "exact",
         "actors": 1,
         "max-reject-rate": 0.2,
         "json": True,
