@@ -39,13 +39,13 @@ def embed(
     num_classes: Annotated[int | None, typer.Option(help="Classes of the head; 0 drops it [the weights' own]")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto: bf16 where the hardware has it")] = "auto",
     engine: Annotated[str, typer.Option(help="eager, compile or openvino (CPU)")] = "eager",
-    decode: Annotated[str, typer.Option(help="exact as timm; fast: at most 2 levels off; scaled: looser")] = "fast",
+    decode: Annotated[str, typer.Option(help="exact as timm; fast: 2 levels off; scaled, cuda: looser")] = "fast",
     no_exif_orientation: Annotated[bool, typer.Option("--no-exif-orientation", help="Leave images as stored")] = False,
     normalize: Annotated[bool, typer.Option("--normalize", help="L2-normalise the embeddings")] = False,
     vector_type: Annotated[str, typer.Option(help="float32 or float16")] = "float32",
     batch_size: Annotated[str, typer.Option(help="Images a forward pass, or auto")] = "auto",
     actors: Annotated[str | None, typer.Option(help="Pool size N or MIN:MAX [for this machine]")] = None,
-    gpus_per_actor: Annotated[float | None, typer.Option(help="Fractions allowed [1 on cuda]")] = None,
+    gpus_per_actor: Annotated[float | None, typer.Option(help="Fractions allowed [by the cores of each GPU]")] = None,
     feeders: Annotated[
         int, typer.Option(help="Processes that read and decode for actors with few cores; 0: actors do so themselves")
     ] = 0,
@@ -65,7 +65,7 @@ def embed(
     """
 
     def body() -> int:
-        _refuse_unavailable(decode=decode, ray_address=ray_address)
+        _refuse_unavailable(ray_address=ray_address)
         for flag, value in (("--input", input), ("--output", output), ("--model", model)):
             if not value:
                 raise UsageError(f"{flag} is missing: see `shard2vec embed --help`")
@@ -115,9 +115,7 @@ def embed(
         exits.run(body, json)
 
 
-def _refuse_unavailable(*, decode: str, ray_address: str | None) -> None:
+def _refuse_unavailable(*, ray_address: str | None) -> None:
     """What the contract names and this version does not do yet is refused, never ignored."""
-    if decode == "cuda":
-        raise UsageError("--decode cuda is not available yet: use --decode fast")
     if ray_address is not None:
         raise UsageError(f"--ray-address {ray_address} is not available yet: leave it out to use a local Ray")

@@ -6,7 +6,6 @@ size. Else padding only costs (22 % of 50-image shards).
 """
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
-from pipeline import engines
+from pipeline import engines, tuning
 from pipeline.config import Adapt, TensorColumn
+from pipeline.device import is_out_of_memory, limit_memory, out_of_memory_explained, why_no_cuda
 from pipeline.errors import StorageError, UsageError
 from pipeline.features import Body, Taps, tensor_columns
 from pipeline.images import Preprocessing
@@ -25,19 +25,22 @@ from pipeline.storage import read_bytes, redact
 
 CPU_BATCH = 32  # pit_ti in bf16 on two cores: 81, 85, 88 images/s with 16, 32, 64; the middle spares memory …
 CPU_BATCH_PIXELS = CPU_BATCH * 384 * 384  # … and fewer of larger images
-CUDA_BATCHES = (64, 128, 256, 512)
-WORTH_DOUBLING = 1.05  # a larger batch is taken while it gives at least 5 % more images/s
 TRUE_TOP = 5  # accuracy is counted at 1 and at 5, whatever --top-k says
 
 
 class Vectors(NamedTuple):
-    """What one forward pass gives for n images, still on the device."""
+    """What one forward pass gives for n images, on the device; on CUDA see `pipeline.device` for the way back."""
 
     embedding: torch.Tensor  # float32 (n, D), as the model gives it
     norm: torch.Tensor  # float32 (n,): Euclidean, before any normalisation
     topk_index: torch.Tensor | None  # int64 (n, max(k, TRUE_TOP) or fewer): by score, equal scores by index
     topk_score: torch.Tensor | None  # float32, the same shape: probabilities
     tensors: tuple[torch.Tensor, ...] = ()  # (n, size) for each `TensorColumn`, of its dtype
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Vectors":
+        """With `change` of each tensor in its place."""
+        index, score = (None if t is None else change(t) for t in (self.topk_index, self.topk_score))
+        return Vectors(change(self.embedding), change(self.norm), index, score, tuple(map(change, self.tensors)))
 
     def to_numpy(self) -> "Arrays":
         """Waits for the device."""
@@ -147,7 +150,7 @@ def read_labels(url: str, classes: int) -> tuple[str, ...]:
 
 def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is here; --device cpu runs without")
+        raise UsageError(f"--device cuda: no CUDA device is here{why_no_cuda()}; --device cpu runs without")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
@@ -167,7 +170,8 @@ class Backbone:
 
     `batch_size` None: found by timing on CUDA, 32 on the CPU (fewer of images above 384x384). A CUDA out-of-memory
     halves it for good. `pad`: fill short batches up to it; by default on CUDA, and always where the engine is not
-    `eager`. `tensors`: the columns to give beside the embedding. Raises `engines.Unavailable`.
+    `eager`. `tensors`: the columns to give beside the embedding. `share`: of a CUDA device, what this process may take
+    of its memory. Raises `engines.Unavailable`.
     """
 
     def __init__(
@@ -182,10 +186,18 @@ class Backbone:
         batch_size: int | None = None,
         pad: bool | None = None,
         tensors: Sequence[TensorColumn] = (),
+        share: float = 1.0,
     ):
         self.preprocessing = preprocessing_of(module)
         self.device = torch.device(device)
-        self._module = module.eval().to(self.device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            torch.backends.cudnn.allow_tf32 = False  # by default fp32 convolutions are of 10 bits there
+            with out_of_memory_explained(self.device, "the model"):
+                allowed = limit_memory(self.device, share)
+                module = module.to(self.device)
+        self._module = module.eval()
+        self._layout = torch.preserve_format
         self._taps = Taps(self._module, tensors)
         self._one_pass = threading.Lock()
         self._top = max(top_k, TRUE_TOP) if classes else 0
@@ -195,8 +207,15 @@ class Backbone:
         self._body: Body = engines.Eager(self._taps, self.device, precision)
         _, height, width = self.preprocessing.input_size
         self.batch_size = batch_size or max(1, min(CPU_BATCH, CPU_BATCH_PIXELS // (height * width)))
-        if batch_size is None and self.device.type == "cuda":
-            self.batch_size = best_batch_size(self._images_per_s)
+        self._tuning: dict[str, Any] | None = None  # what the batch size found is remembered by
+        if self.device.type == "cuda":
+            settings = {"precision": precision, "engine": engine, "share": share, "asked": batch_size}
+            outputs = [self._top, *((f.kind, f.source, f.dtype) for f in tensors)]
+            key = tuning.key_of(module, self.device, size=self.preprocessing.input_size, outputs=outputs, **settings)
+            found = tuning.tuned(key, lambda: self._searched(engine, batch_size, allowed))
+            self.batch_size = found.batch_size
+            self._lay_out(found.channels_last)
+            self._tuning = key if batch_size is None else None
         self._engine, self._precision = engine, precision
         self._start_engine()
 
@@ -206,24 +225,21 @@ class Backbone:
         if self._engine == "eager":
             return
         self._pad = True
-        blank = torch.zeros(self.batch_size, *self.preprocessing.input_size, dtype=torch.uint8)
+        size = (self.batch_size, *self.preprocessing.input_size)
         try:
-            batch = self.normalize(blank)
+            batch = self.normalize(torch.zeros(size, dtype=torch.uint8))
             self._body = engines.start(self._engine, self._module, self._taps, batch, precision=self._precision)
+            return
         except torch.OutOfMemoryError:
-            self._halve()
-            self._start_engine()
-
-    def _halve(self) -> None:
-        """To be called where the batch did not fit; raises that error again where it is a single image."""
-        if self.batch_size == 1:
-            raise
-        self.batch_size //= 2
-        torch.cuda.empty_cache()
+            if self.batch_size == 1:
+                raise
+        self._halve()  # here, where nothing holds what the attempt had taken
+        self._start_engine()
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (n, C, H, W) → float32, bit-equal to timm's ToTensor and Normalize."""
-        return images.to(self.device, non_blocking=True).float().div(255).sub(self._mean).div(self._std)
+        images = images.to(self.device, non_blocking=True, memory_format=self._layout)
+        return images.float().div(255).sub(self._mean).div(self._std)
 
     def __call__(self, images: torch.Tensor) -> Vectors:
         """`images`: uint8 (n, C, H, W), any n. On CUDA it returns while the device still works."""
@@ -233,15 +249,31 @@ class Backbone:
         parts, start = [], 0
         while start < len(images):
             chunk = images[start : start + self.batch_size]
-            try:
-                with self._one_pass:
-                    parts.append(self._forward(chunk))
-            except torch.OutOfMemoryError:
+            with self._one_pass:
+                part = self._forward_if_it_fits(chunk)
+            if part is None:
                 self._halve()
                 self._start_engine()
                 continue
+            parts.append(part)
             start += len(chunk)
         return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def _forward_if_it_fits(self, images: torch.Tensor) -> Vectors | None:
+        """None where memory ran out: once we have returned, nothing holds what the pass had taken of it."""
+        try:
+            return self._forward(images)
+        except RuntimeError as e:
+            if not is_out_of_memory(e) or self.batch_size == 1:
+                raise
+            return None
+
+    def _halve(self) -> None:
+        self.batch_size //= 2
+        torch.cuda.empty_cache()
+        if self._tuning is not None:
+            channels_last = self._layout == torch.channels_last
+            tuning.remember(self._tuning, tuning.Tuned(self.batch_size, channels_last))
 
     @torch.inference_mode()
     def _forward(self, images: torch.Tensor) -> Vectors:
@@ -264,39 +296,31 @@ class Backbone:
         ordered, index = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
         return Vectors(embedding, norm, index[:, : self._top], ordered[:, : self._top], columns)
 
-    def _images_per_s(self, batch_size: int) -> float:
-        """Speed of the forward pass at this batch size, 0 where it does not fit the device's memory."""
-        images = torch.zeros(batch_size, *self.preprocessing.input_size, dtype=torch.uint8)
+    def _searched(self, engine: str, batch_size: int | None, allowed: int) -> tuning.Tuned:
+        """The batch size, unless it is given, and then the layout of its memory that this device is faster with."""
+        best = batch_size or tuning.best_batch_size(lambda size: self._images_per_s(size, allowed))
+        if engine != "eager":  # which compiles for one layout, the plain one
+            return tuning.Tuned(best, False)
+        plain = self._images_per_s(best, allowed)
+        self._lay_out(channels_last=True)
+        channels_last = self._images_per_s(best, allowed) > plain * tuning.WORTH_CHANNELS_LAST
+        self._lay_out(channels_last=False)
+        return tuning.Tuned(best, channels_last)
+
+    def _lay_out(self, channels_last: bool) -> None:
+        self._layout = torch.channels_last if channels_last else torch.preserve_format
+        self._module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def _images_per_s(self, batch_size: int, allowed: int) -> float:
+        """Speed of the forward pass alone, 0 where it does not fit into the `allowed` bytes."""
         kept, self.batch_size = self.batch_size, batch_size
         try:
-            for timed in (False, False, True):
-                started = time.perf_counter()
-                for _ in range(3 if timed else 1):
-                    self._forward(images)
-                torch.cuda.synchronize()
-            return 3 * batch_size / (time.perf_counter() - started)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return 0.0
+            # Of noise: matrix products of zeros are a tenth faster.
+            size = (batch_size, *self.preprocessing.input_size)
+            images = torch.randint(0, 256, size, dtype=torch.uint8, device=self.device)
+            return tuning.images_per_s(lambda: self._forward(images), batch_size, self.device, allowed)
         finally:
             self.batch_size = kept
-
-
-def best_batch_size(images_per_s: Callable[[int], float]) -> int:
-    """The smallest of `CUDA_BATCHES` after which doubling no longer pays; half of the smallest until one fits."""
-    best = CUDA_BATCHES[0]
-    speed = images_per_s(best)
-    while speed == 0 and best > 1:
-        best //= 2
-        speed = images_per_s(best)
-    for size in CUDA_BATCHES[1:]:
-        if size <= best:
-            continue
-        faster = images_per_s(size)
-        if faster < speed * WORTH_DOUBLING:
-            break
-        best, speed = size, faster
-    return best
 
 
 def load_backbone(model: str, weights: Path, adapt: Adapt, **settings: Any) -> Backbone:

@@ -84,7 +84,7 @@ class RunConfig:
     vector_type: str = "float32"
     batch_size: int | None = None  # None: found
     actors: tuple[int, int] | None = None  # least and most; None: chosen for this machine
-    gpus_per_actor: float | None = None  # None: 1 on cuda, 0 on the CPU
+    gpus_per_actor: float | None = None  # None: on cuda by the cores of each GPU, 0 on the CPU
     feeders: int = 0  # processes that read and decode for the actors; 0: each actor does so itself
     device: str = "auto"
     max_reject_rate: float = 0.01  # of all samples; one broken image in a hundred is a shard worth looking at

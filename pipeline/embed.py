@@ -12,20 +12,21 @@ import platform
 import queue
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
-import torch
 
-from pipeline.backbone import Backbone, Vectors, load_backbone
+from pipeline.backbone import Backbone, load_backbone
 from pipeline.config import Adapt, VectorSet
+from pipeline.cuda_images import DeviceImages, Jpeg, OnDevice
+from pipeline.device import Passed, Staging
 from pipeline.errors import Reject, StorageError
 from pipeline.feed import Ended, Fed, Outcome
 from pipeline.flow import Flow
-from pipeline.images import Decoded
+from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard
 from pipeline.lists import ShardFiles
 from pipeline.output import Root
@@ -36,7 +37,8 @@ from pipeline.versions import publish, published
 WRITES_WAITING = 4  # batches of vectors between device and writer …
 WAITING_BYTES = 128 * 2**20  # … and fewer where tokens or feature maps make them large
 STAGES = ("read", "decode", "transfer", "forward", "write")  # transfer: from images to a batch for the device
-PARTS = (*STAGES, "fetch", "launch")  # images behind URLs; on CUDA the host's side of `forward`, which is the device's
+# Beside them: images behind URLs; on CUDA what the batching thread has of `forward` and `decode`, and the copies.
+PARTS = (*STAGES, "fetch", "launch", "batch_decode", "copy")
 MARK = secrets.token_hex(2)  # of this process
 
 
@@ -53,6 +55,7 @@ class Job:
     batch_size: int | None
     decode_threads: int
     torch_threads: int
+    gpu_share: float = 1.0  # of a device, that this process may take of its memory
     feeders: int = 0  # processes that read and decode for this one; 0: it does so itself
 
 
@@ -70,6 +73,7 @@ def backbone_of(job: Job) -> Backbone:
         top_k=vectors.top_k,
         batch_size=job.batch_size,
         tensors=vectors.tensors,
+        share=job.gpu_share,
     )
 
 
@@ -122,7 +126,7 @@ class Work:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     samples: list[Sample] = field(default_factory=list)
-    decoded: list[Decoded] = field(default_factory=list)
+    decoded: list[Decoded | Jpeg] = field(default_factory=list)
     writer: ShardWriter | None = None
     error: str | None = None
 
@@ -143,7 +147,7 @@ class Work:
 class Batch(NamedTuple):
     samples: list[Sample]
     sizes: list[tuple[int, int]]
-    vectors: Vectors
+    passed: Passed
 
 
 class Refused(NamedTuple):
@@ -157,7 +161,8 @@ class Embedder:
 
     def __init__(self, job: Job, backbone: Backbone, feed: Feed):
         self.job, self.backbone, self.activity = job, backbone, Activity()
-        self._root, self._feed, self._is_cuda = Root(job.output), feed, backbone.device.type == "cuda"
+        self._root, self._feed = Root(job.output), feed
+        self._staging = Staging(backbone, _device_images(job.vectors, backbone))
         self._cpu_s = 0.0  # of the process, at the last receipt
 
     def __call__(self, shards: Iterable[Shard | None], done: Callable[[Receipt], None]) -> None:
@@ -233,9 +238,7 @@ class Embedder:
         work.seconds["decode"] += outcome.decode_s
         work.cpu_s["decode"] += outcome.cpu_s
         if isinstance(outcome.result, Reject):
-            self._at("write", work.shard.name)
-            flow.put(to_write, (work, Refused(sample, outcome.result, outcome.size)))
-            self.activity.add(work.shard.name, rejects=1)
+            self._refuse(flow, work, Refused(sample, outcome.result, outcome.size), to_write)
         else:
             work.samples.append(sample)
             work.decoded.append(outcome.result)
@@ -243,21 +246,34 @@ class Embedder:
     def _send(self, flow: Flow, work: Work, to_write: "queue.Queue[Any]") -> None:
         samples, decoded = work.samples, work.decoded
         work.samples, work.decoded = [], []
-        if work.error is None:
-            batch = self._batch(work, samples, decoded)
+        if work.error is not None:
+            return
+        kept: list[tuple[Sample, Decoded | OnDevice]] = []
+        for sample, given, image in zip(samples, decoded, self._on_device(work, decoded), strict=True):
+            if isinstance(image, Reject):
+                self._refuse(flow, work, Refused(sample, image, len(cast(Jpeg, given).data)), to_write)
+            else:
+                kept.append((sample, image))
+        if kept:
+            self._at("forward", work.shard.name)
+            passed = self._staging([image for _, image in kept], work.timed)
+            sizes = [(image.width, image.height) for _, image in kept]
+            batch = Batch([sample for sample, _ in kept], sizes, passed)
             self._at("write", work.shard.name)
             flow.put(to_write, (work, batch))
-            self.activity.add(work.shard.name, images=len(samples))
+            self.activity.add(work.shard.name, images=len(kept))
 
-    def _batch(self, work: Work, samples: list[Sample], decoded: list[Decoded]) -> Batch:
-        self._at("forward", work.shard.name)
-        with work.timed("transfer"):
-            images = torch.from_numpy(np.stack([d.pixels for d in decoded]))
-            if self._is_cuda:
-                images = images.pin_memory()
-        with work.timed("launch" if self._is_cuda else "forward"):
-            vectors = self.backbone(images)
-        return Batch(samples, [(d.width, d.height) for d in decoded], vectors)
+    def _on_device(self, work: Work, images: list[Decoded | Jpeg]) -> Sequence[Decoded | OnDevice | Reject]:
+        if not any(isinstance(image, Jpeg) for image in images):
+            return cast(list[Decoded], images)
+        self._at("decode", work.shard.name)
+        with work.timed("batch_decode"):
+            return self._staging.decoded(images)
+
+    def _refuse(self, flow: Flow, work: Work, refused: Refused, to_write: "queue.Queue[Any]") -> None:
+        self._at("write", work.shard.name)
+        flow.put(to_write, (work, refused))
+        self.activity.add(work.shard.name, rejects=1)
 
     # writer thread
 
@@ -306,13 +322,21 @@ class Embedder:
         if isinstance(event, Refused):
             work.writer.reject(event.sample, event.why, event.size)
             return
-        with work.timed("forward" if self._is_cuda else "write"):
-            arrays = event.vectors.to_numpy()  # on CUDA this is where the device is waited for
+        arrays = event.passed.to_numpy()  # on CUDA this is where the device is waited for
+        for part, seconds in event.passed.seconds().items():
+            work.seconds[part] += seconds
         with work.timed("write"):
             try:
                 work.writer.rows(event.samples, event.sizes, arrays)
             except NotFinite as e:
                 work.error = f"forward: {e}"
+
+
+def _device_images(vectors: VectorSet, backbone: Backbone) -> DeviceImages | None:
+    if vectors.decode != "cuda":
+        return None
+    cpu = Decoder(vectors.preprocessing, exif_orientation=vectors.exif_orientation, how=vectors.decode)
+    return DeviceImages(vectors.preprocessing, backbone.device, cpu)
 
 
 def worker_name() -> str:

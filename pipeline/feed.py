@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline.config import VectorSet
+from pipeline.cuda_images import HeaderDecoder, Jpeg
 from pipeline.errors import Reject, StorageError
 from pipeline.fetching import fetch
 from pipeline.flow import ByteBudget, Flow
@@ -38,7 +39,7 @@ MAX_DEATHS = 8
 class Outcome(NamedTuple):
     """One sample after decoding."""
 
-    result: Decoded | Reject
+    result: Decoded | Jpeg | Reject  # encoded still, where the device is to decode it
     size: int  # bytes as stored
     fetch_s: float  # waited for, where the image lay behind a URL
     decode_s: float
@@ -95,7 +96,11 @@ class LocalFeed:
         self._threads, self._deaths, self._reading = decode_threads, deaths, ""
         image_bytes = math.prod(preprocessing.input_size)
         self._ahead = max(1, min(LOOKAHEAD_BATCHES * batch_size, DECODED_BYTES // image_bytes))
-        self._decoder = Decoder(preprocessing, exif_orientation=upright, how=vectors.decode)
+        self._decoder: Callable[[bytes], Decoded | Jpeg]
+        if vectors.decode == "cuda":
+            self._decoder = HeaderDecoder(preprocessing, exif_orientation=upright)
+        else:
+            self._decoder = Decoder(preprocessing, exif_orientation=upright, how=vectors.decode)
         self._isolated = IsolatedDecoder(preprocessing, exif_orientation=upright, how=vectors.decode)
 
     def __call__(
@@ -150,7 +155,7 @@ class LocalFeed:
                 reading.error = f"read: {e}"
             flow.put(waiting, (reading, None, None))
 
-    def _decoder_for(self, shard: Shard) -> Callable[[bytes], Decoded]:
+    def _decoder_for(self, shard: Shard) -> Callable[[bytes], Decoded | Jpeg]:
         """Of a shard that took a worker down, the images are decoded in processes apart."""
         deaths = self._deaths(shard.name)
         if deaths >= MAX_DEATHS:
@@ -181,12 +186,16 @@ class LocalFeed:
 
 
 def _decode(
-    decode: Callable[[bytes], Decoded], sample: Sample, fetched: Future[bytes] | None, budget: ByteBudget, size: int
+    decode: Callable[[bytes], Decoded | Jpeg],
+    sample: Sample,
+    fetched: Future[bytes] | None,
+    budget: ByteBudget,
+    size: int,
 ) -> Outcome:
     started, cpu = time.perf_counter(), time.thread_time()
     fetch_s = 0.0
     data = sample.image
-    result: Decoded | Reject
+    result: Decoded | Jpeg | Reject
     try:
         if sample.reject:
             raise sample.reject

@@ -106,7 +106,7 @@ def _side(length: int, wanted: int) -> Side:
     return Side(length, round((length - wanted) / 2.0), wanted, 0)
 
 
-def _is_down_first(size: tuple[int, int], across: Side, down: Side) -> bool:
+def is_down_first(size: tuple[int, int], across: Side, down: Side) -> bool:
     """Whether Pillow resizes the columns first: since 13.0, where that makes the image a good deal smaller.
 
     https://github.com/python-pillow/Pillow/pull/9549, as it was merged.
@@ -139,7 +139,7 @@ class Resizer:
         across, down = sides(self._settings, *image.size)
         if self._filter is None or image.mode == "RGBA":
             return np.ascontiguousarray(self._transform(image).numpy())
-        if _is_down_first(image.size, across, down):
+        if is_down_first(image.size, across, down):
             image = image.resize((image.width, down.length), self._filter)
             image = image.crop((0, down.start, image.width, down.stop)).resize((across.length, down.kept), self._filter)
             return self._placed(as_array(image), across, down._replace(start=0))
@@ -170,7 +170,7 @@ class Resizer:
         right = _Pass(3, size[0] / factor, down if swaps else across, turn in FLIPS_X)
         below = _Pass(2, size[1] / factor, across if swaps else down, turn in FLIPS_Y)
         # In Pillow's order, which is the upright image's: it rounds and clips between the passes.
-        is_below_first = _is_down_first(upright, across, down) != swaps
+        is_below_first = is_down_first(upright, across, down) != swaps
         image = torch.from_numpy(pixels if is_below_first else pixels[: below.needed])
         image = image.unsqueeze(0).permute(0, 3, 1, 2)  # channels_last, which a numpy axis of one would not be
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
@@ -298,7 +298,8 @@ class ShardWriter:
         """Writes what is beside the embeddings, rejects, tokens …, and returns its local path."""
         rows = {f"{PREFIX}rows_sha256": self.digest(kind)}
         if kind == "rejects":
-            table = pa.Table.from_pylist(self._rejects, schema=REJECTS).replace_schema_metadata(self._metadata | rows)
+            table = pa.Table.from_pylist(self._rejects_in_order(), schema=REJECTS)
+            table = table.replace_schema_metadata(self._metadata | rows)
             pq.write_table(table, self._paths[kind], **_parquet_options(REJECTS))
         else:
             self._beside[kind].finish(rows)
@@ -313,7 +314,13 @@ class ShardWriter:
         """Two files of one kind, set and shard with the same digest hold the same rows in the same order."""
         if kind != "rejects":
             return self._beside[kind].digest()
-        return hashlib.sha256("".join(f"{r['id']}\0{r['reason']}\0" for r in self._rejects).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f"{r['id']}\0{r['reason']}\0" for r in self._rejects_in_order()).encode()
+        ).hexdigest()
+
+    def _rejects_in_order(self) -> list[dict[str, object]]:
+        """Of their rows: what a device fails to decode is found a batch later than what a header tells."""
+        return sorted(self._rejects, key=lambda reject: cast(int, reject["row"]))
 
     def finish_embeddings(self, beside: dict[str, str]) -> Path:
         """Closes the embeddings file, with the shard's counts and the names of its other files in its metadata."""

@@ -128,6 +128,10 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     device = backbone.resolve_device(config.device)
     if device == "cpu" and config.gpus_per_actor:
         raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
+    if config.decode == "cuda" and device == "cpu":
+        raise UsageError("--decode cuda: the device is the CPU; --decode fast decodes there")
+    if config.decode == "cuda" and config.feeders:
+        raise UsageError(f"--decode cuda: --feeders {config.feeders} send decoded images; use --decode fast with them")
     module = weights.load_module(config.model, config.weights, config.adapt)
     vectors, labels = vector_set(config, module, device)
     todo = _todo(root, vectors, shards)
@@ -197,7 +201,9 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
             device=run.device,
             batch_size=run.config.batch_size,
             decode_threads=threads,
-            torch_threads=threads,
+            # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
+            torch_threads=1 if run.device == "cuda" else threads,
+            gpu_share=min(1.0, gpus or 1 / size[1]),
             feeders=feeders,
         )
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:

@@ -5,7 +5,8 @@ so many seconds, and each stage took some:
 
     reader      a thread of each worker, or of each stream of its feeders: `read`, the store and samples out of shards
     decoders    threads of each worker: `decode`; while they wait for images behind URLs, `read`
-    batcher     a thread of each worker: `transfer` makes batches, `forward` computes them, or on CUDA launches it
+    batcher     a thread of each worker: `transfer` makes batches, `forward` computes them, or on CUDA launches it;
+                with `--decode cuda` it has `decode` too
     writer      a thread of each worker: `write`
     cores       CPU seconds of all threads, of all cores
     device      on CUDA: `forward`, by the device's own clock, of all GPUs in use
@@ -117,7 +118,8 @@ class Sums:
     def stage_seconds(self) -> dict[str, float]:
         """Summed over the threads of all workers; `forward` is the device's seconds on CUDA."""
         seconds = {stage: self._seconds.get(stage, 0.0) for stage in STAGES}
-        return seconds | {"read": seconds["read"] + self._seconds.get("fetch", 0.0)}
+        more = {"read": "fetch", "decode": "batch_decode"}
+        return seconds | {stage: seconds[stage] + self._seconds.get(part, 0.0) for stage, part in more.items()}
 
     def speed(self, means: Means) -> Speed:
         if not self.samples:
@@ -138,8 +140,9 @@ class Sums:
         at_once = _most_at_once(self._workers.values())
         own, cores, device = self._own(means, spans), self._cores(means, spans / at_once), None
         if means.gpus:
-            gpus = math.ceil(round(at_once * means.gpus, 6))
-            device = Resource("device", gpus * spans / at_once, {"forward": self._seconds.get("forward", 0.0)})
+            there = math.ceil(round(at_once * means.gpus, 6)) * spans / at_once
+            # Of workers that share a GPU each one's time has some of the others' in it.
+            device = Resource("device", there, {"forward": min(there, self._seconds.get("forward", 0.0))})
         shared = (cores, device) if device else (cores,)
         busiest = max([r for r in shared if r.busy >= NEARLY_ALWAYS] or (*own, *shared), key=lambda r: r.busy)
         images_per_s = at_once * self.samples / spans
@@ -162,7 +165,7 @@ class Sums:
         return (
             Resource("reader", spans * (means.streams or 1), {"read": s["read"]}),
             Resource("decoders", spans * (means.streams or means.threads), {"read": s["fetch"], "decode": s["decode"]}),
-            Resource("batcher", spans, {"transfer": s["transfer"], "forward": forward}),
+            Resource("batcher", spans, {"decode": s["batch_decode"], "transfer": s["transfer"], "forward": forward}),
             Resource("writer", spans, {"write": s["write"]}),
         )
 

@@ -8,15 +8,7 @@ from timm.data import create_transform, resolve_data_config
 
 from pipeline import engines
 from pipeline.architecture import build
-from pipeline.backbone import (
-    CUDA_BATCHES,
-    Backbone,
-    best_batch_size,
-    facts_of,
-    read_labels,
-    resolve_device,
-    resolve_precision,
-)
+from pipeline.backbone import Backbone, facts_of, read_labels, resolve_device, resolve_precision
 from pipeline.config import Adapt
 from pipeline.engines import Eager
 from pipeline.errors import UsageError
@@ -172,21 +164,6 @@ def test_out_of_memory_with_a_single_image_is_raised() -> None:
         Backbone(NoMemory(), batch_size=4)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize(
-    ("speeds", "best"),
-    [
-        ({64: 100.0, 128: 180.0, 256: 184.0, 512: 400.0}, 128),
-        ({64: 100.0, 128: 200.0, 256: 400.0, 512: 800.0}, 512),
-        ({64: 100.0, 128: 0.0}, 64),
-        ({64: 0.0, 32: 0.0, 16: 50.0}, 16),
-    ],
-)
-def test_the_batch_grows_while_it_pays(speeds: dict[int, float], best: int) -> None:
-    """`auto` takes the smallest batch after which doubling gives less than 5 %, and one that fits the memory."""
-    assert best_batch_size(lambda size: speeds.get(size, 0.0)) == best
-    assert CUDA_BATCHES == (64, 128, 256, 512)
-
-
 def test_images_of_another_size_are_refused() -> None:
     """PiT would take 225 x 231 without a word and be wrong."""
     backbone = Backbone(oracle.module("test_vit"), batch_size=2)
@@ -264,9 +241,3 @@ def test_cuda_out_of_memory_halves_a_real_batch() -> None:
     vectors = backbone(torch.zeros(1024, 3, 224, 224, dtype=torch.uint8))
     del hog
     assert len(vectors.embedding) == 1024 and backbone.batch_size < 1024
-
-
-@pytest.mark.gpu
-def test_cuda_finds_a_batch_size() -> None:
-    """`auto` on a GPU ends with one of the sizes it may try."""
-    assert Backbone(oracle.module("test_vit"), device="cuda").batch_size in CUDA_BATCHES

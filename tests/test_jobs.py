@@ -72,7 +72,7 @@ WRONG = {
     "bad indices": (["--feature-indices", "0;2"], "--feature-indices 0;2: must be whole numbers"),
     "channels": (["--in-chans", "2"], "images of 2 channels"),
     "engine": (["--engine", "onnx"], "--engine onnx: choose one of eager, compile, openvino"),
-    "decode": (["--decode", "cuda"], "--decode cuda is not available yet"),
+    "decode": (["--decode", "cuda", "--device", "cpu"], "--decode cuda: the device is the CPU"),
     "cluster": (["--ray-address", "auto"], "--ray-address auto is not available yet"),
 }
 

@@ -1,0 +1,147 @@
+"""What a device does best with one model, measured once a node and remembered: the batch size and the memory's layout.
+
+Every worker of a run, and of the runs after it, takes what the first one found, so all compute with the same kernels.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import MAX_BATCH
+from pipeline.device import is_out_of_memory
+from pipeline.weights import cache_folder
+
+CUDA_BATCHES = (64, 128, 256, 512, 1024, 2048, MAX_BATCH)
+WORTH_DOUBLING = 1.05  # a larger batch is taken while it gives at least 5 % more images/s
+WORTH_CHANNELS_LAST = 1.03  # … and the other layout where it gives 3 %: timing alone moves by one or two
+TIMED = 4  # passes, after two that let the libraries choose their kernels
+# Of the memory that is left beside the model: the rest is for the ring, for results on their way and for fragments.
+ROOM_USED = 0.8
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """`channels_last`: images and convolutions in memory as NHWC."""
+
+    batch_size: int
+    channels_last: bool
+
+
+def key_of(module: torch.nn.Module, device: torch.device, **settings: Any) -> dict[str, Any]:
+    """What the measurement depends on; of the weights only their names and shapes. `settings` go into JSON."""
+    shapes = sorted((name, list(tensor.shape)) for name, tensor in module.state_dict().items())
+    properties = torch.cuda.get_device_properties(device)
+    return json.loads(  # as it is read back
+        json.dumps(
+            {
+                "architecture": (getattr(module, "pretrained_cfg", None) or {}).get("architecture", ""),
+                "shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+                "device": properties.name,
+                "memory": properties.total_memory,
+                "torch": torch.__version__,
+                **settings,
+            }
+        )
+    )
+
+
+def tuned(key: dict[str, Any], search: Callable[[], Tuned]) -> Tuned:
+    """What is remembered for `key`, else what `search` finds, by one process of the node while others wait."""
+    found = recall(key)
+    if found is None:
+        with _alone(key):
+            found = recall(key)
+            if found is None:
+                found = search()
+                remember(key, found)
+    return found
+
+
+def recall(key: dict[str, Any]) -> Tuned | None:
+    """None where nothing is remembered, or the file is damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        said = json.loads(_path(key).read_bytes())
+        size, layout = said["batch_size"], said["channels_last"]
+        if said["key"] == key and type(size) is int and 1 <= size <= MAX_BATCH and type(layout) is bool:
+            return Tuned(size, layout)
+    return None
+
+
+def remember(key: dict[str, Any], found: Tuned) -> None:
+    """The file is there whole or not at all; a cache that takes none costs the next worker its search."""
+    with contextlib.suppress(OSError):
+        path = _path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as partial:
+            json.dump({"key": key, **asdict(found)}, partial)
+        os.replace(partial.name, path)
+
+
+def best_batch_size(images_per_s: Callable[[int], float]) -> int:
+    """The smallest of `CUDA_BATCHES` after which doubling no longer pays; half of the smallest until one fits."""
+    best = CUDA_BATCHES[0]
+    speed = images_per_s(best)
+    while speed == 0 and best > 1:
+        best //= 2
+        speed = images_per_s(best)
+    for size in CUDA_BATCHES[1:]:
+        if size != 2 * best:
+            break
+        faster = images_per_s(size)
+        if faster < speed * WORTH_DOUBLING:
+            break
+        best, speed = size, faster
+    return best
+
+
+def images_per_s(forward: Callable[[], Any], images: int, device: torch.device, allowed: int) -> float:
+    """Speed of a forward pass of so many images; 0 where it does not fit, or leaves too little room.
+
+    `allowed`: bytes that this process may hold in all, its model too.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_reserved(device)
+    room = min(torch.cuda.mem_get_info(device)[0], allowed - held)
+    try:
+        forward()
+        forward()
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(TIMED):
+            forward()
+        torch.cuda.synchronize(device)
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        return 0.0
+    seconds = time.perf_counter() - started
+    taken = torch.cuda.max_memory_reserved(device) - held
+    return TIMED * images / seconds if taken <= ROOM_USED * room else 0.0
+
+
+def _path(key: dict[str, Any]) -> Path:
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / "tuned" / f"{name}.json"
+
+
+@contextlib.contextmanager
+def _alone(key: dict[str, Any]) -> Iterator[None]:
+    """Workers that start together would measure each other; the lock of one that dies is free again."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # no such folder, no such lock: then each measures for itself
+            path = _path(key).with_suffix(".lock")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(path.open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,562 @@
+"""Batches on their way to a device and back: right whatever the device does when, and measured by the device itself.
+
+What CUDA does with streams is played by a device that works as late as it may: a copy or a forward pass happens when
+somebody waits for it, and not before. What is reused too early, or read too early, is wrong there every time.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import made
+import numpy as np
+import oracle
+import pyarrow.parquet as pq
+import pytest
+import torch
+from containers import write_tar
+from pictures import jpeg
+
+from pipeline import device, embed
+from pipeline.backbone import Backbone, Vectors, resolve_device
+from pipeline.config import MAX_BATCH
+from pipeline.device import Staging, is_out_of_memory, out_of_memory_explained
+from pipeline.errors import UsageError
+from pipeline.images import Decoded
+from pipeline.tuning import CUDA_BATCHES, Tuned, best_batch_size, recall, remember, tuned
+
+SHAPE = (3, 4, 4)
+
+
+class LazyStream:
+    """Work in its order, done only when it must be."""
+
+    one = threading.RLock()  # the feeding and the writing thread both make it work
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+        self.done = 0
+
+    def wait_event(self, event: "LazyEvent") -> None:
+        stream, at = event.stream, event.at  # a later `record` does not move what is waited for
+        self.work.append(lambda: stream.run(at))
+
+    def run(self, until: int) -> None:
+        with self.one:
+            while self.done < until:
+                self.done += 1
+                self.work[self.done - 1]()
+
+
+class LazyEvent:
+    waits = 0
+
+    def record(self, stream: LazyStream) -> None:
+        self.stream, self.at = stream, len(stream.work)
+
+    def synchronize(self) -> None:
+        LazyEvent.waits += 1
+        self.stream.run(self.at)
+
+    def elapsed_time(self, other: "LazyEvent") -> float:
+        assert self.stream is other.stream and self.stream.done >= self.at and other.stream.done >= other.at
+        return 1000.0 * (other.at - self.at)  # a second for each piece of work
+
+
+class LazyCuda:
+    """In the place of `device.Cuda`."""
+
+    def __init__(self) -> None:
+        self.incoming, self.outgoing, self.computing = LazyStream(), LazyStream(), LazyStream()
+        self.current = self.computing
+
+    @contextlib.contextmanager
+    def on(self, stream: LazyStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def event(self) -> LazyEvent:
+        return LazyEvent()
+
+    def pinned(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(tuple(shape), 77, dtype=dtype)
+
+    empty = pinned
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        def body() -> None:
+            target.copy_(source)
+
+        self.current.work.append(body)
+
+
+class LazyBackbone:
+    """Gives the mean of each image, when its stream comes to it."""
+
+    def __init__(self, cuda: LazyCuda, batch_size: int = 4):
+        self.batch_size, self.device = batch_size, torch.device("cuda", 0)
+        self.preprocessing = SimpleNamespace(input_size=SHAPE)
+        self._cuda = cuda
+
+    def __call__(self, images: torch.Tensor) -> Vectors:
+        embedding, norm = torch.full((len(images), 1), -1.0), torch.full((len(images),), -1.0)
+
+        def compute() -> None:
+            embedding.copy_(images.float().mean(dim=(1, 2, 3))[:, None])
+            norm.copy_(embedding[:, 0].abs())
+
+        self._cuda.computing.work.append(compute)
+        return Vectors(embedding, norm, None, None)
+
+
+def images_of(values: list[int]) -> list[Decoded]:
+    return [Decoded(np.full(SHAPE, value, np.uint8), 4, 4) for value in values]
+
+
+@pytest.mark.parametrize("behind", [0, 1, 2, 5, 20])
+def test_every_batch_comes_back_as_it_was_given(behind: int) -> None:
+    """However late the results are waited for, and however late the device works, no batch sees another's images."""
+    cuda = LazyCuda()
+    staging = Staging(LazyBackbone(cuda), cuda=cuda)
+    batches = [[(7 * b + i) % 256 for i in range(1 + b % 4)] for b in range(20)]
+    waiting, got = [], []
+    for values in batches:
+        waiting.append(staging(images_of(values)))
+        if len(waiting) > behind:
+            got.append(waiting.pop(0).to_numpy())
+    got += [passed.to_numpy() for passed in waiting]
+    assert [a.embedding[:, 0].tolist() for a in got] == [[float(v) for v in values] for values in batches]
+    assert all(a.norm.tolist() == a.embedding[:, 0].tolist() for a in got)
+
+
+def test_feeding_waits_for_the_device_only_where_the_ring_is_full() -> None:
+    """Three batches go out before the first one is waited for, and then one for each."""
+    cuda = LazyCuda()
+    staging = Staging(LazyBackbone(cuda), cuda=cuda)
+    LazyEvent.waits = 0
+    for batch in range(5):
+        staging(images_of([batch]))
+        assert LazyEvent.waits == max(0, batch + 1 - device.RING)
+    assert cuda.computing.done == 4  # of two batches, each waiting for its copy and then computing
+
+
+def test_large_batches_have_a_smaller_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned and device memory are bounded, whatever --batch-size: two places at least, three at most."""
+    cuda = LazyCuda()
+    monkeypatch.setattr(device, "RING_BYTES", 2 * 16 * 48)
+    for batch_size, places in ((4, 3), (16, 2), (64, 2)):
+        assert len(Staging(LazyBackbone(cuda, batch_size), cuda=cuda)._ring) == places
+
+
+def test_the_device_tells_how_long_it_worked() -> None:
+    """`forward` is what lies between its events, without the wait before it; `copy` is one in and two out."""
+    cuda = LazyCuda()
+    passed = Staging(LazyBackbone(cuda), cuda=cuda)(images_of([1, 2]))
+    passed.to_numpy()
+    seconds = passed.seconds()
+    assert seconds == {"forward": 1.0, "copy": 3.0}
+    assert passed.kept is None
+
+
+def test_results_are_waited_for_from_another_thread() -> None:
+    """The writer waits for one batch while the next ones are being fed."""
+    cuda = LazyCuda()
+    staging = Staging(LazyBackbone(cuda), cuda=cuda)
+    first, _ = staging(images_of([5])), staging(images_of([6]))
+    got: list[float] = []
+    writer = threading.Thread(target=lambda: got.append(first.to_numpy().embedding[0, 0]))
+    writer.start()
+    writer.join()
+    assert got == [5.0]
+    assert cuda.computing.done == 2  # the second batch was not waited for
+
+
+def test_the_cpu_stacks_and_passes_on() -> None:
+    """Without a device there is no ring, and the vectors are the backbone's own, to the bit."""
+    backbone = Backbone(oracle.module(made.MODEL), batch_size=4)
+    channels, height, width = backbone.preprocessing.input_size
+    noise = np.random.default_rng(0).integers(0, 256, (3, channels, height, width), np.uint8)
+    staging = Staging(backbone)
+    passed = staging([Decoded(pixels, 9, 9) for pixels in noise])
+    assert not staging._ring
+    assert np.array_equal(passed.to_numpy().embedding, backbone(torch.from_numpy(noise)).to_numpy().embedding)
+    assert passed.seconds() == {}
+
+
+def test_a_ring_gives_the_files_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the whole inner pipeline, over several shards and short batches: the same rows, to the bit."""
+    for shard in range(3):
+        members = {f"{i}.jpg": jpeg(40 + i, 30, seed=10 * shard + i) for i in range(5 + shard)}
+        write_tar(tmp_path / "in" / f"{shard}.tar", members)
+
+    class Late(Backbone):
+        """Computes when its stream comes to it."""
+
+        def __call__(self, images: torch.Tensor) -> Vectors:
+            shaped = super().__call__(images)
+            late = shaped.mapped(torch.zeros_like)
+
+            def compute() -> None:
+                for target, now in zip(late[:4], super(Late, self).__call__(images)[:4], strict=True):
+                    target.copy_(now)
+
+            cuda.computing.work.append(compute)
+            return late
+
+    cuda = LazyCuda()
+    files = []
+    for name, kind in (("plain", Backbone), ("late", Late)):
+        job = made.job(tmp_path / name)
+        monkeypatch.setattr(made, "Backbone", kind)
+        if kind is Late:
+            monkeypatch.setattr(embed, "Staging", lambda backbone, images: Staging(backbone, images, cuda=cuda))
+        receipts = made.embed(job, tmp_path / "in")
+        assert [r.error for r in receipts] == [None] * 3
+        tables = [pq.read_table(tmp_path / name / r.files.embeddings) for r in receipts]
+        files.append([table.drop_columns(["topk_label"]).to_pylist() for table in tables])
+        assert all(r.seconds["forward"] > 0 for r in receipts)
+    assert files[0] == files[1]
+
+
+# memory
+
+
+class Fits(torch.nn.Module):
+    """A model whose device has room for so many images, and says it in the given words when it has not."""
+
+    pretrained_cfg = {"input_size": (3, 8, 8), "num_classes": 0}  # noqa: RUF012
+    num_classes = 0
+
+    def __init__(self, room: int, error: RuntimeError):
+        super().__init__()
+        self.room, self.error = room, error
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.room:
+            raise self.error
+        return x.flatten(1)[:, :8]
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return x
+
+
+LACKS_MEMORY = (
+    torch.OutOfMemoryError("simulated"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+)
+
+
+@pytest.mark.parametrize("error", LACKS_MEMORY)
+def test_memory_that_runs_out_halves_the_batch_in_the_ring(error: RuntimeError) -> None:
+    """Torch's error and those of the libraries beneath it: the same rows again, every one, and the ring goes on."""
+    backbone = Backbone(Fits(3, error), batch_size=8, classes=False)
+    assert is_out_of_memory(error)
+    staging = Staging(backbone)
+    for start in (0, 8):
+        images = [Decoded(np.full((3, 8, 8), start + i, np.uint8), 8, 8) for i in range(8)]
+        got = staging(images).to_numpy().embedding[:, 0]
+        want = [float(backbone.normalize(torch.from_numpy(i.pixels)[None])[0, 0, 0, 0]) for i in images]
+        assert got.tolist() == want
+    assert backbone.batch_size == 2
+
+
+def test_other_errors_are_no_lack_of_memory() -> None:
+    """A model's own error is raised as it is: halving the batch would only hide it."""
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    backbone = Backbone(Fits(0, error), batch_size=8, classes=False)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        backbone(torch.zeros(8, 3, 8, 8, dtype=torch.uint8))
+    assert backbone.batch_size == 8
+
+
+def test_a_device_without_room_says_so() -> None:
+    """The sentence names the device and what did not fit, whatever torch can still tell about it."""
+    said = pytest.raises(RuntimeError, match=r" has no room for the model.*Tried to allocate")
+    with said, out_of_memory_explained(torch.device("cuda", 0), "the model"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+
+def test_pinned_memory_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence gives the size and what to do."""
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(RuntimeError, match=r"37 MB of pinned host memory cannot be had .*smaller --batch-size"):
+        device.Cuda.pinned(None, (256, 3, 224, 224), torch.uint8)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_missing_device_is_named_with_cudas_own_reason() -> None:
+    """--device cuda ends before any work, with what CUDA says of it."""
+    with pytest.raises(UsageError, match=r"no CUDA device is here \(.+\); --device cpu"):
+        resolve_device("cuda")
+
+
+# what a device does best
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SHARD2VEC_CACHE", str(tmp_path))
+    return tmp_path / "tuned"
+
+
+KEY = {"architecture": "pit_b", "size": [3, 224, 224], "device": "a device", "share": 0.3333}
+
+
+@pytest.mark.parametrize(
+    ("speeds", "best"),
+    [
+        ({64: 100.0, 128: 180.0, 256: 184.0, 512: 400.0}, 128),
+        ({64: 100.0, 128: 200.0, 256: 400.0, 512: 800.0}, 512),
+        ({64: 100.0, 128: 0.0}, 64),
+        ({64: 0.0, 32: 0.0, 16: 50.0}, 16),
+        ({size: float(size) for size in CUDA_BATCHES}, MAX_BATCH),
+    ],
+)
+def test_the_batch_grows_while_it_pays(speeds: dict[int, float], best: int) -> None:
+    """`auto` takes the smallest batch after which doubling gives less than 5 %, and one that fits the memory."""
+    assert best_batch_size(lambda size: speeds.get(size, 0.0)) == best
+
+
+def test_a_search_is_done_once_a_node(cache: Path) -> None:
+    """The second worker, and the next run, take what the first one found; another model, share or engine searches."""
+    searches: list[int] = []
+
+    def search() -> Tuned:
+        searches.append(1)
+        return Tuned(256, True)
+
+    assert tuned(KEY, search) == tuned(KEY, search) == Tuned(256, True)
+    assert len(searches) == 1
+    tuned(KEY | {"share": 1.0}, search)
+    assert len(searches) == 2 and len(list(cache.glob("*.json"))) == 2
+
+
+def test_workers_that_start_together_search_once(cache: Path) -> None:
+    """They would measure each other: one searches, the others wait for what it finds."""
+    searches: list[int] = []
+    begun = threading.Event()
+
+    def search() -> Tuned:
+        searches.append(1)
+        begun.wait(0.2)
+        return Tuned(128, False)
+
+    got: list[Tuned] = []
+    threads = [threading.Thread(target=lambda: got.append(tuned(KEY, search))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [Tuned(128, False)] * 4 and len(searches) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        json.dumps({"key": KEY, "batch_size": 0, "channels_last": True}).encode(),
+        json.dumps({"key": KEY, "batch_size": 10**9, "channels_last": True}).encode(),
+        json.dumps({"key": KEY, "batch_size": "64", "channels_last": True}).encode(),
+        json.dumps({"key": KEY, "batch_size": True, "channels_last": True}).encode(),
+        json.dumps({"key": KEY, "batch_size": 64}).encode(),
+        json.dumps({"key": KEY | {"share": 1}, "batch_size": 64, "channels_last": True}).encode(),
+    ],
+)
+def test_a_damaged_file_is_as_none(content: bytes, cache: Path) -> None:
+    """Whatever lies there in its place, the search is done again and its result put there."""
+    remember(KEY, Tuned(64, False))
+    (path,) = cache.iterdir()
+    path.write_bytes(content)
+    assert recall(KEY) is None
+    assert tuned(KEY, lambda: Tuned(512, False)) == Tuned(512, False) == recall(KEY)
+
+
+def test_a_cache_that_takes_no_files_costs_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full or read-only disk is no reason not to run."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SHARD2VEC_CACHE", str(tmp_path / "file"))
+    assert tuned(KEY, lambda: Tuned(512, False)) == Tuned(512, False)
+
+
+def test_a_halved_batch_is_remembered(cache: Path) -> None:
+    """What a run learns by running out of memory the next run starts with; the rest is kept."""
+    backbone = Backbone(Fits(3, torch.OutOfMemoryError("simulated")), batch_size=8, classes=False)
+    backbone._tuning = KEY
+    remember(KEY, Tuned(8, False))
+    backbone(torch.zeros(8, 3, 8, 8, dtype=torch.uint8))
+    assert recall(KEY) == Tuned(2, False)
+
+
+def test_channels_last_changes_no_more_than_rounding() -> None:
+    """The other layout gives the same vectors, and going back gives the same bits."""
+    backbone = Backbone(oracle.module("resnet10t"), batch_size=2)
+    noise = torch.randint(0, 256, (2, *backbone.preprocessing.input_size), dtype=torch.uint8)
+    plain = backbone(noise).to_numpy().embedding
+    backbone._lay_out(channels_last=True)
+    assert backbone.normalize(noise).is_contiguous(memory_format=torch.channels_last)
+    assert oracle.relative(backbone(noise).to_numpy().embedding, plain) < 1e-5
+    backbone._lay_out(channels_last=False)
+    assert np.array_equal(backbone(noise).to_numpy().embedding, plain)
+
+
+# on a device
+
+
+@pytest.fixture
+def full_device() -> Iterator[Callable[[int], None]]:
+    """Takes the device's memory but for so many bytes, until the test ends."""
+    hogs: list[torch.Tensor] = []
+
+    def fill(but_for: int) -> None:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        hogs.append(torch.empty(max(0, free - but_for), dtype=torch.uint8, device="cuda"))
+
+    yield fill
+    hogs.clear()
+    torch.cuda.empty_cache()
+
+
+def noise_for(backbone: Backbone, count: int) -> list[Decoded]:
+    size = (count, *backbone.preprocessing.input_size)
+    return [Decoded(pixels, 9, 9) for pixels in np.random.default_rng(0).integers(0, 256, size, np.uint8)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["test_vit", "resnet10t"])
+def test_cuda_batches_come_back_right_whatever_is_under_way(model: str, cache: Path) -> None:
+    """Forty batches through the ring, waited for late: to the bit what each of them gives alone."""
+    backbone = Backbone(oracle.module(model), device="cuda", batch_size=16)
+    noise = noise_for(backbone, 16)
+    sizes = [16, 3, 16, 1]
+    want = [backbone(torch.from_numpy(np.stack([n.pixels for n in noise[:size]]))).to_numpy() for size in sizes]
+    staging = Staging(backbone)
+    waiting = []
+    for i in range(40):
+        waiting.append((i, staging(noise[: sizes[i % 4]])))
+        if len(waiting) > 6 or i == 39:
+            for at, passed in waiting if i == 39 else [waiting.pop(0)]:
+                got = passed.to_numpy()
+                assert np.array_equal(got.embedding, want[at % 4].embedding)
+                assert np.array_equal(got.topk_index, want[at % 4].topk_index)
+
+
+@pytest.mark.gpu
+def test_cuda_tells_its_seconds(cache: Path) -> None:
+    """The device's own time of a batch: more than nothing, less than the clock on the wall, and more for more work."""
+    backbone = Backbone(oracle.module("pit_ti_224"), device="cuda", batch_size=64)
+    staging = Staging(backbone)
+    noise = noise_for(backbone, 64)
+    staging(noise).to_numpy()
+    started = time.perf_counter()
+    passed = [staging(noise) for _ in range(8)]
+    for one in passed:
+        one.to_numpy()
+    wall = time.perf_counter() - started
+    seconds = [one.seconds() for one in passed]
+    assert all(s["forward"] > 0 and s["copy"] > 0 for s in seconds)
+    assert sum(s["forward"] for s in seconds) < 1.05 * wall
+
+
+@pytest.mark.gpu
+def test_cuda_waits_sleep(cache: Path) -> None:
+    """Who waits for the device leaves its core to the decoding threads."""
+    backbone = Backbone(oracle.module("pit_b_224"), device="cuda", batch_size=128)
+    staging = Staging(backbone)
+    noise = noise_for(backbone, 128)
+    staging(noise).to_numpy()
+    passed = [staging(noise) for _ in range(3)]
+    wall, cpu = time.perf_counter(), time.thread_time()
+    passed[-1].to_numpy()
+    wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+    assert wall < 0.01 or cpu < 0.5 * wall
+
+
+@pytest.mark.gpu
+def test_cuda_finds_a_batch_size_once(cache: Path) -> None:
+    """`auto` on a GPU ends with one of the sizes it may try, and the next process has it from the cache."""
+    first = Backbone(oracle.module("test_vit"), device="cuda", precision="bf16")
+    (path,) = cache.glob("*.json")
+    said = json.loads(path.read_bytes())
+    assert first.batch_size in CUDA_BATCHES and said["batch_size"] == first.batch_size
+    path.write_text(json.dumps(said | {"batch_size": 17, "channels_last": True}))
+    again = Backbone(oracle.module("test_vit"), device="cuda", precision="bf16")
+    assert again.batch_size == 17 and again._layout == torch.channels_last
+
+
+@pytest.mark.gpu
+def test_cuda_search_leaves_room(cache: Path, full_device: Callable[[int], None]) -> None:
+    """With little memory left, a smaller size is found, and the ring beside it finds its place."""
+    full_device(3 * 2**30)
+    backbone = Backbone(oracle.module("vgg11"), device="cuda")
+    assert backbone.batch_size < MAX_BATCH
+    staging = Staging(backbone)
+    noise = noise_for(backbone, 1) * backbone.batch_size
+    passed = [staging(noise) for _ in range(4)]
+    assert all(len(one.to_numpy().embedding) == len(noise) for one in passed)
+
+
+@pytest.mark.gpu
+def test_cuda_out_of_memory_in_the_ring_loses_no_row(cache: Path, full_device: Callable[[int], None]) -> None:
+    """Memory that is gone when the run is under way: halves, the same rows, and the ring goes on."""
+    backbone = Backbone(oracle.module("vgg11"), device="cuda", batch_size=1024)
+    staging = Staging(backbone)
+    full_device(2 * 2**30)
+    noise = noise_for(backbone, 8) * 128
+    passed = [staging(noise), staging(noise)]
+    got = [one.to_numpy().embedding for one in passed]
+    assert backbone.batch_size < 1024
+    for embedding in got:
+        assert len(embedding) == 1024
+        assert oracle.relative(embedding[-8:], embedding[:8]) < 1e-3
+
+
+@pytest.mark.gpu
+def test_cuda_without_room_says_so(cache: Path, full_device: Callable[[int], None]) -> None:
+    """A device whose memory others hold: one sentence with the figures."""
+    module = oracle.module("vgg11")  # 0.5 GB
+    full_device(100 * 2**20)
+    with pytest.raises(RuntimeError, match=r"has no room for the model, .* of its .* GB are free"):
+        Backbone(module, device="cuda")
+
+
+@pytest.mark.gpu
+def test_cuda_keeps_to_its_share(cache: Path) -> None:
+    """A process with a third of a device is refused more than that by torch, whatever is free."""
+    device_ = torch.device("cuda", torch.cuda.current_device())
+    _, total = torch.cuda.mem_get_info()
+    try:
+        room = device.limit_memory(device_, 1 / 3)
+        assert total / 6 <= room < total / 3
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(int(0.4 * total), dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device_)
+
+
+@pytest.mark.gpu
+def test_cuda_channels_last_keeps_to_the_precision(cache: Path) -> None:
+    """The other layout gives bf16's vectors within bf16's error."""
+    backbone = Backbone(oracle.module("pit_ti_224"), device="cuda", precision="bf16", batch_size=8)
+    images = torch.from_numpy(np.stack([n.pixels for n in noise_for(backbone, 8)]))
+    found = []
+    for channels_last in (False, True):
+        backbone._lay_out(channels_last)
+        found.append(backbone(images).to_numpy().embedding)
+    a, b = found
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert cosine.min() >= 0.9998
