@@ -111,9 +111,7 @@ def embed(
             exits.print_json(result.json)
         return result.exit_code
 
-    with head.starting(
-        not dry_run and head.is_early(output), max(0, feeders)
-    ):  # Ray, while torch and timm are imported
+    with head.starting(not dry_run and head.is_early(output), max(0, feeders)):  # Ray, while torch is imported
         exits.run(body, json)
 
 
