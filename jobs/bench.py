@@ -144,9 +144,13 @@ def _error(decoding: dict[str, Any]) -> str:
 def _conclusions(result: dict[str, Any]) -> list[tuple[str, str]]:
     top, tried = result["ceiling"], result["trial"]
     costs = " + ".join(f"{stage} {ms:.2f}" for stage, ms in sorted(top["cpu_ms"].items(), key=lambda c: -c[1]))
+    busy = ", ".join(f"{stage} {share:.0%}" for stage, share in tried["stage_busy"].items())
+    busy += f", cores {tried['cores_busy']:.0%}"
+    if tried["device_busy"] is not None:
+        busy += f", device {tried['device_busy']:.0%}"
     return [
         ("ceiling", f"{result['ceiling_images_per_s']:,.1f} images/s by {top['limited_by']}; CPU ms an image: {costs}"),
         ("expected", f"{result['expected_images_per_s']:,.1f} images/s, limited by {result['limited_by']}"),
-        ("tried", f"{tried['workers']} workers, {tried['images']:,} images: {tried['speed']}"),
+        ("tried", f"with {tried['workers']} of --actors, {tried['images']:,} images; busy: {busy}"),
         ("use", result["command"]),
     ]

@@ -73,12 +73,10 @@ class Bench:
         gpus, cores = torch.cuda.device_count() if self.device == "cuda" else 0, machine.cores()
         workers = gpus or machine.cpu_workers(cores, machine.free_memory_bytes())
         self.room = Room(cores=cores, gpus=gpus, workers=self.config.actors[1] if self.config.actors else workers)
-        self.notes: list[str] = []
+        self.load, self.notes = os.getloadavg()[0], list[str]()
 
     def __call__(self) -> dict[str, Any]:
-        load, before = os.getloadavg()[0], torch.get_num_threads()
-        if load > BUSY * self.room.cores:
-            self.notes.append(f"others are at work here (a load of {load:.1f}): a run would reach more without them")
+        before = torch.get_num_threads()
         torch.set_num_threads(self._threads(self.room.workers))
         try:
             return self._measured()
@@ -106,6 +104,8 @@ class Bench:
         workers = self._workers(decoding, top)
         tried = self._tried(decoding, fastest, workers, images, top, read.a_shard)
         expected = min(tried["images_per_s"], top.alone["read"])
+        if self.load > BUSY * self.room.cores:
+            self.notes.append(self._of_load(tried))
         return {
             "machine": self._machine(),
             "model": self.config.model,
@@ -260,7 +260,7 @@ class Bench:
     ) -> dict[str, Any]:
         """`a_shard`: images of one, which ends in a short batch. Where there are more than the time allows: fewer."""
         seconds, threads = max(1.0, TRIAL * self.asked.seconds), self._threads(workers)
-        self.say(f"trying it: {workers} workers for {seconds:.0f} s")
+        self.say(f"trying it: --actors {workers} for {seconds:.0f} s")
         vectors = replace(self.vectors, decode=decoding.decode, engine=forward.engine, precision=forward.precision)
         job = Job(
             vectors=vectors,
@@ -290,6 +290,13 @@ class Bench:
             "images_per_s": steady,
             "stage_seconds": stage_seconds,
         }
+
+    def _of_load(self, tried: dict[str, Any]) -> str:
+        note = f"others are at work here (a load of {self.load:.1f}): a run would reach more without them"
+        if self.room.gpus:
+            return note
+        alone = self.room.cores * tried["images"] / sum(tried["cpu_seconds"].values())
+        return f"{note}, {alone:,.0f} images/s by the CPU seconds that the trial took"
 
     def _shard(self, images: Sequence[bytes], count: int) -> Shard:
         """A tar of the images at hand, the same again where there are fewer."""

@@ -41,12 +41,14 @@ class Bound(NamedTuple):
     relative: float  # at most: the largest difference, as a share of the largest value; of the embedding
 
 
+# Seen by benchmarks/engines.py over photos, one batch of 32, all seeds: OpenVINO 1 - cosine 5e-13 and 1e-6 in fp32, 5e-5
+# and 9e-3 in bf16, where eager itself comes to 5e-5 and 1.3e-2. Other models are held to the same.
 STATED_ERROR = {
     ("compile", "fp32"): Bound(0.999999, 2e-5),
-    ("compile", "bf16"): Bound(0.9998, 3e-2),
+    ("compile", "bf16"): Bound(0.9999, 2e-2),
     ("compile", "fp16"): Bound(0.99999, 5e-3),
     ("openvino", "fp32"): Bound(0.999999, 2e-5),
-    ("openvino", "bf16"): Bound(0.9998, 3e-2),
+    ("openvino", "bf16"): Bound(0.9999, 2e-2),
 }
 
 
