@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import PIL
 import pyarrow as pa
 from PIL import Image
 
@@ -26,7 +25,6 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes, by the number of channe
 # them: for 224 cut out of 248, sides of 992, 1984 and 3968 pixels or more are halved, quartered, divided by eight. On
 # sheets of photos, most levels off and their mean: 65, 3.3 at 1; 30, 1.8 at 1.5; 19, 1.1 here; 16, 0.6 at 3.
 MARGIN = 2
-CHOOSES = int(PIL.__version__.partition(".")[0]) >= 13  # before, it resized the rows first, always
 Turn = Image.Transpose
 SWAPS = {Turn.TRANSPOSE, Turn.TRANSVERSE, Turn.ROTATE_90, Turn.ROTATE_270}  # width and height
 FLIPS_X = {Turn.FLIP_LEFT_RIGHT, Turn.ROTATE_180, Turn.ROTATE_90, Turn.TRANSVERSE}  # the order of stored columns
@@ -114,7 +112,7 @@ def is_down_first(size: tuple[int, int], across: Side, down: Side) -> bool:
     https://github.com/python-pillow/Pillow/pull/9549, as it was merged.
     """
     width, height = size
-    return CHOOSES and height > down.length and height - down.length > 2 * (width - across.length)
+    return height > down.length and height - down.length > 2 * (width - across.length)
 
 
 class Resizer:
