@@ -1,7 +1,7 @@
 """What tests share: one Ray for the whole session, small shards of procedural photos, a store with faults."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -55,6 +55,29 @@ def flaky() -> Iterator[type[FlakyStore]]:
     with stamina.set_testing(True, attempts=16):
         yield FlakyStore
     clear_memory()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SHARD2VEC_CACHE", str(tmp_path))
+    return tmp_path / "tuned"
+
+
+@pytest.fixture
+def full_device() -> Iterator[Callable[[int], None]]:
+    """Takes the device's memory but for so many bytes, until the test ends."""
+    import torch
+
+    hogs: list[torch.Tensor] = []
+
+    def fill(but_for: int) -> None:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        hogs.append(torch.empty(max(0, free - but_for), dtype=torch.uint8, device="cuda"))
+
+    yield fill
+    hogs.clear()
+    torch.cuda.empty_cache()
 
 
 def pytest_configure(config: pytest.Config) -> None:

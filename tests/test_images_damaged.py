@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pictures
 import pytest
+from containers import growth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import decoder
@@ -87,6 +88,16 @@ def test_sizes_over_the_limits_are_refused_before_decoding() -> None:
     assert reject(pictures.png_claiming(13_377, 13_377)).reason == "truncated"  # tried, and found without pixels
     assert decoder()(pictures.png(400, 4))[1:] == (400, 4)
     assert reject(pictures.png(401, 4)).reason == "too_large"
+
+
+def test_a_cut_jpeg_that_claims_a_large_size_costs_little() -> None:
+    """In no mode are its 156 million pixels filled in before it is found to lack them."""
+    data = bytearray(pictures.jpeg(64, 48))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 12_000, 13_000)
+    with growth() as taken:
+        assert reject(bytes(data[:-2])).reason == "truncated"
+    assert taken.peak_bytes < 50e6
 
 
 def scans(times: int) -> bytes:
@@ -196,7 +207,8 @@ from pipeline.errors import Reject
 from pipeline.images import Decoder, Preprocessing
 from tests import pictures
 config = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear", "mean": [0.5], "std": [0.5]}
-decoders = [Decoder(Preprocessing.of(config | {"input_size": (channels, 32, 32)})) for channels in (1, 3, 4)]
+ways = ((1, "exact"), (3, "fast"), (4, "scaled"))
+decoders = [Decoder(Preprocessing.of(config | {"input_size": (c, 32, 32)}), how=how) for c, how in ways]
 odd = [*pictures.sound().values(), *(data for _, data in pictures.broken().values())]
 decoders[0](pictures.encoded(Image.new("1", (10_000, 9_000)), "PNG"))
 odd += [data[:at] + b"\\xff" * 4 + data[at + 4:] for data in odd[:30] for at in (12, 60, len(data) // 2)]
