@@ -119,7 +119,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str, dict[str, Any], str]]:
     """Stage, how, its numbers, a remark. `images/s` are of one thread or worker."""
     rows = [("read", "one reader", result["read"], f"{result['read']['mb_per_s']:,.0f} MB/s")]
     for one in result["decode"]:
-        threads = f"{one['threads']} threads {one['images_per_s_threads']:,.0f}/s"
+        threads = f"{result['machine']['cores']} threads {one['images_per_s_threads']:,.0f}/s"
         rows.append(("decode", one["decode"], one, f"{threads}; {_error(one)}"))
     rows.append(("transfer", "into batches", result["transfer"], ""))
     for one in result["forward"]:
@@ -149,7 +149,7 @@ def _conclusions(result: dict[str, Any]) -> list[tuple[str, str]]:
     if tried["device_busy"] is not None:
         busy += f", device {tried['device_busy']:.0%}"
     return [
-        ("ceiling", f"{result['ceiling_images_per_s']:,.1f} images/s by {top['limited_by']}; CPU ms an image: {costs}"),
+        ("ceiling", f"{top['images_per_s']:,.1f} images/s by {top['limited_by']}; CPU ms an image: {costs}"),
         ("expected", f"{result['expected_images_per_s']:,.1f} images/s, limited by {result['limited_by']}"),
         ("tried", f"with {tried['workers']} of --actors, {tried['images']:,} images; busy: {busy}"),
         ("use", result["command"]),

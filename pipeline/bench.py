@@ -23,16 +23,16 @@ import torch
 from pipeline import machine, measure, trial, weights
 from pipeline.backbone import Backbone, resolve_device
 from pipeline.ceiling import Ceiling, Decoding, Forward, Room, ceiling, chosen, workers_on_gpus
-from pipeline.config import RunConfig
+from pipeline.config import DECODES, RunConfig
+from pipeline.cuda_images import DeviceImages, HeaderDecoder, OnDevice
 from pipeline.embed import Job
-from pipeline.engines import STATED_ERROR, Unavailable, resolve_engine
+from pipeline.engines import Unavailable, resolve_engine
 from pipeline.errors import UsageError
 from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard, list_shards
-from pipeline.measure import Cost
 from pipeline.output import Root
 from pipeline.resizing import BOUNDS
-from pipeline.sets import vector_set
+from pipeline.sets import check_device, vector_set
 from pipeline.speed import Means, Sums
 
 # Shares of the seconds asked for. To load torch in the trial's processes, and to compile, comes on top.
@@ -67,6 +67,7 @@ class Bench:
         self.asked, self.config, self.say = asked, asked.config, say
         self.shards = list_shards(self.config.inputs, format=self.config.format, columns=self.config.columns)
         self.device = resolve_device(self.config.device)
+        check_device(self.config, self.device)
         self.module = weights.load_module(self.config.model, self.config.weights, self.config.adapt)
         self.vectors, self.labels = vector_set(self.config, self.module, self.device)
         self.staged = weights.stage(self.module, self.vectors.weights_sha256)
@@ -88,12 +89,12 @@ class Bench:
         self.say(f"reading {len(self.shards)} shards")
         read = measure.read(self.shards, READ * seconds)
         images, pixels = measure.usable(self._decoder("exact"), read.images)
-        plain = self._backbone("eager", "fp32", None)
+        plain = self._backbone("eager", "fp32", measure.COMPARED if self.room.gpus else None)
         reference = measure.embeddings(plain, pixels, COMPARE * seconds)
         decodings = list(self._decodings(images, pixels, plain, reference))
         forwards = self._forwards(pixels, reference)
         fastest = self._proven(forwards)
-        transfer = measure.transfer(pixels, fastest.batch_size, plain.device, TRANSFER * seconds)
+        transfer = measure.transfer(pixels, fastest.batch_size, plain, TRANSFER * seconds)
         arrays = plain(measure.batch_of(pixels, fastest.batch_size)).to_numpy()
         write = measure.write(self.vectors, self.labels, arrays, Root(self.config.output), WRITE * seconds)
         del plain
@@ -110,14 +111,15 @@ class Bench:
             "machine": self._machine(),
             "model": self.config.model,
             "images": _about(images, pixels) | {"a_shard": read.a_shard},
-            "read": _told(read.cost) | {"mb_per_s": round(read.stored_bytes / read.cost.seconds / 1e6, 1)},
-            "decode": [self._told_decoding(d, ceilings[d.decode]) for d in decodings],
-            "transfer": _told(transfer),
-            "forward": [_told_forward(f) for f in forwards],
-            "write": _told(write) | {"dim": self.vectors.dim},
+            "read": read.cost.as_dict() | {"mb_per_s": round(read.stored_bytes / read.cost.seconds / 1e6, 1)},
+            "decode": [
+                d.as_dict() | {"ceiling_images_per_s": round(ceilings[d.decode].images_per_s, 2)} for d in decodings
+            ],
+            "transfer": transfer.as_dict(),
+            "forward": [f.as_dict() for f in forwards],
+            "write": write.as_dict() | {"dim": self.vectors.dim},
             "notes": self.notes,
-            "ceiling_images_per_s": round(top.images_per_s, 2),
-            "ceiling": _told_ceiling(top),
+            "ceiling": top.as_dict(),
             "expected_images_per_s": round(expected, 2),
             "limited_by": "read" if expected < tried["images_per_s"] else tried["limited_by"],
             "trial": tried,
@@ -126,9 +128,6 @@ class Bench:
 
     def _threads(self, workers: int) -> int:
         return max(1, self.room.cores // workers)
-
-    def _decoder(self, decode: str) -> Decoder:
-        return Decoder(self.vectors.preprocessing, exif_orientation=self.vectors.exif_orientation, how=decode)
 
     def _backbone(self, engine: str, precision: str, batch_size: int | None) -> Backbone:
         return Backbone(
@@ -144,19 +143,34 @@ class Bench:
 
     # decode
 
+    def _decoder(self, decode: str) -> Decoder:
+        return Decoder(self.vectors.preprocessing, exif_orientation=self.vectors.exif_orientation, how=decode)
+
     def _decodings(
         self, images: Sequence[bytes], pixels: Sequence[Decoded], plain: Backbone, reference: torch.Tensor
     ) -> Iterator[Decoding]:
-        modes = [self.asked.decode] if self.asked.decode else list(BOUNDS)
+        modes = [self.asked.decode] if self.asked.decode else list(DECODES if self.room.gpus else BOUNDS)
         each = DECODE * self.asked.seconds / len(modes) / 2
+        some, exact = images[: measure.COMPARED], pixels[: measure.COMPARED]
         for mode in modes:
             self.say(f"decoding: {mode}")
-            decoder = self._decoder(mode)
+            there = None
+            if mode == "cuda":
+                decoder: Callable[[bytes], Any] = HeaderDecoder(
+                    self.vectors.preprocessing, exif_orientation=self.vectors.exif_orientation
+                )
+                device = DeviceImages(self.vectors.preprocessing, plain.device, self._decoder(mode))
+                there = measure.decode_on_device(decoder, device, images, plain.batch_size, each)
+                decoded = [_on_host(d) for d in device([decoder(image) for image in some])]
+            else:
+                decoder = self._decoder(mode)
+                decoded = [decoder(image) for image in some]
             yield Decoding(
                 decode=mode,
                 one=measure.decode(decoder, images, 1, each),
                 all=measure.decode(decoder, images, self.room.cores, each),
-                difference=measure.difference(decoder, images, pixels, plain, reference),
+                difference=measure.difference(decoded, exact, plain, reference),
+                there=there,
             )
 
     # forward
@@ -167,6 +181,8 @@ class Bench:
         until = time.monotonic() + FORWARD * self.asked.seconds
         each = FORWARD * self.asked.seconds / (len(ways) + 2)
         forwards = [f for way in ways if (f := self._forward(*way, None, pixels, reference, each))]
+        if not forwards:
+            raise UsageError("; ".join(self.notes))
         if self.config.batch_size is None:
             best = self._fastest(forwards)
             for size in CUDA_BATCHES if self.room.gpus else CPU_BATCHES:
@@ -241,6 +257,8 @@ class Bench:
                 return best
             self.notes.append(why_not)
             forwards = [f for f in forwards if (f.engine, f.precision) != (best.engine, best.precision)]
+            if not forwards:
+                raise UsageError(why_not)
 
     # the setting
 
@@ -271,7 +289,8 @@ class Bench:
             device=self.device,
             batch_size=forward.batch_size,
             decode_threads=threads,
-            torch_threads=threads,
+            torch_threads=1 if self.room.gpus else threads,
+            gpu_share=min(1.0, self.room.gpus / workers) if self.room.gpus else 1.0,
         )
         batches = max(1, round(top.images_per_s / workers * min(TRIAL_SHARD_S, seconds / 3) / forward.batch_size))
         shard = self._shard(images, min(batches * forward.batch_size, a_shard or sys.maxsize))
@@ -334,44 +353,12 @@ class Bench:
         names = [torch.cuda.get_device_name(i) for i in range(self.room.gpus)]
         return {"cores": self.room.cores, "gpus": names, "device": self.device, "workers": self.room.workers}
 
-    def _told_decoding(self, decoding: Decoding, top: Ceiling) -> dict[str, Any]:
-        d = decoding.difference
-        return {
-            "decode": decoding.decode,
-            **_told(decoding.one),
-            "threads": self.room.cores,
-            "images_per_s_threads": round(decoding.all.images_per_s, 1),
-            "largest_levels": d.largest,
-            "mean_levels": round(d.mean, 5),
-            "cosine": round(d.cosine, 7),
-            "bound": BOUNDS[decoding.decode]._asdict(),
-            "ceiling_images_per_s": round(top.images_per_s, 2),
-        }
 
-
-def _told(cost: Cost) -> dict[str, Any]:
-    return {"images_per_s": round(cost.images_per_s, 1), "cpu_ms": round(cost.cpu_ms, 4)}
-
-
-def _told_forward(forward: Forward) -> dict[str, Any]:
-    bound = STATED_ERROR.get((forward.engine, forward.precision))  # of eager none is stated: it is timm's own
-    return {
-        "engine": forward.engine,
-        "precision": forward.precision,
-        "batch_size": forward.batch_size,
-        **_told(forward.cost),
-        "start_s": round(forward.start_s, 1),
-        "cosine": round(forward.cosine, 7),
-        "bound": bound._asdict() if bound else None,
-    }
-
-
-def _told_ceiling(top: Ceiling) -> dict[str, Any]:
-    return {
-        "limited_by": top.limited_by,
-        "cpu_ms": {stage: round(ms, 4) for stage, ms in top.cpu_ms.items()},
-        "alone_images_per_s": {stage: round(limit, 1) for stage, limit in top.alone.items()},
-    }
+def _on_host(image: Any) -> Decoded:
+    if isinstance(image, OnDevice):
+        return Decoded(image.pixels.cpu().numpy(), image.width, image.height)
+    assert isinstance(image, Decoded)  # `exact` decoded it
+    return image
 
 
 def _about(images: Sequence[bytes], pixels: Sequence[Decoded]) -> dict[str, Any]:

@@ -3,11 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from pipeline.cuda_images import LEAST_COSINE, MEAN_LEVELS, MOST_LEVELS
+from pipeline.engines import STATED_ERROR
 from pipeline.measure import Cost, Difference
+from pipeline.resizing import BOUNDS, Bound
+
+ON_DEVICE = Bound(MOST_LEVELS, MEAN_LEVELS, LEAST_COSINE)  # what `--decode cuda` promises
 
 WORTH_LESS_EXACT = 1.03  # another decoder than `exact` is chosen where a run gains 3 % by it …
-LOOSE = "scaled"  # … and this one never: its bound is looser than that of other precisions
+LOOSE = ("scaled", "cuda")  # … and these never: who wants them has read their bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +24,20 @@ class Decoding:
     one: Cost  # with one thread
     all: Cost  # with one for each core, of one process
     difference: Difference
+    there: Cost | None = None  # on the GPU, beside what a thread does here
+
+    def as_dict(self) -> dict[str, Any]:
+        bound = ON_DEVICE if self.decode == "cuda" else BOUNDS[self.decode]
+        return {
+            "decode": self.decode,
+            **self.one.as_dict(),
+            "images_per_s_threads": round(self.all.images_per_s, 1),
+            "largest_levels": self.difference.largest,
+            "mean_levels": round(self.difference.mean, 5),
+            "cosine": round(self.difference.cosine, 7),
+            "bound": bound._asdict(),
+            "there": self.there.as_dict() if self.there else None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +50,18 @@ class Forward:
     start_s: float  # to load it, and to compile
     cost: Cost  # of one worker's threads, or of one GPU
     cosine: float
+
+    def as_dict(self) -> dict[str, Any]:
+        bound = STATED_ERROR.get((self.engine, self.precision))  # of eager none is stated: it is timm's own
+        return {
+            "engine": self.engine,
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            **self.cost.as_dict(),
+            "start_s": round(self.start_s, 1),
+            "cosine": round(self.cosine, 7),
+            "bound": bound._asdict() if bound else None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +82,17 @@ class Ceiling:
     cpu_ms: dict[str, float]
     alone: dict[str, float]
 
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "images_per_s": round(self.images_per_s, 2),
+            "limited_by": self.limited_by,
+            "cpu_ms": {stage: round(ms, 4) for stage, ms in self.cpu_ms.items()},
+            "alone_images_per_s": {stage: round(limit, 1) for stage, limit in self.alone.items()},
+        }
+
 
 def ceiling(room: Room, decoding: Decoding, forward: Forward, *, read: Cost, transfer: Cost, write: Cost) -> Ceiling:
-    """On the CPU the cores / CPU seconds of an image; on GPUs what these do, or the cores without `forward`.
+    """On the CPU the cores / CPU seconds of an image; on GPUs what these do, or the cores with all but `forward`.
 
     Reading and writing have a thread of each worker, which may be less than that.
     """
@@ -63,7 +103,8 @@ def ceiling(room: Room, decoding: Decoding, forward: Forward, *, read: Cost, tra
     for stage, cost in (("read", read), ("write", write)):
         alone[stage] = min(alone[stage], room.workers * cost.images_per_s)
     if room.gpus:
-        alone["forward"] = room.gpus * forward.cost.images_per_s
+        there = 1 / decoding.there.images_per_s if decoding.there else 0.0  # it decodes and computes in turns
+        alone["forward"] = room.gpus / (1 / forward.cost.images_per_s + there)
     together = 1000 * room.cores / sum(cpu_ms.values())
     narrowest = min(alone, key=lambda stage: alone[stage])
     if together < alone[narrowest]:
@@ -78,7 +119,7 @@ def chosen(decodings: Sequence[Decoding], ceilings: dict[str, Ceiling]) -> Decod
     best = decodings[0]
     for other in decodings[1:]:
         gain = ceilings[other.decode].images_per_s / ceilings[best.decode].images_per_s
-        if other.decode != LOOSE and gain > WORTH_LESS_EXACT:
+        if other.decode not in LOOSE and gain > WORTH_LESS_EXACT:
             best = other
     return best
 

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from pipeline.backbone import Arrays, Backbone
+from pipeline.backbone import Arrays, Backbone, Vectors
 from pipeline.config import VectorSet
+from pipeline.cuda_images import DeviceImages, Jpeg
+from pipeline.device import Staging
 from pipeline.errors import Reject, UsageError
 from pipeline.feed import FETCHERS
 from pipeline.fetching import fetch
@@ -30,6 +32,7 @@ from pipeline.shards import Sample, read_samples
 from pipeline.versions import publish
 
 KEPT_IMAGES, KEPT_BYTES = 128, 128 * 2**20  # of the input, for all that comes after reading
+QUEUED = 8  # batches before the device
 COMPARED = 64  # images whose pixels and embeddings are compared
 SHARD_ROWS = 4096  # written into one file: a small shard
 
@@ -49,6 +52,9 @@ class Cost(NamedTuple):
     def cpu_ms(self) -> float:
         """Of one image."""
         return 1000 * self.cpu_s / self.images
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"images_per_s": round(self.images_per_s, 1), "cpu_ms": round(self.cpu_ms, 4)}
 
 
 class Read(NamedTuple):
@@ -145,7 +151,7 @@ def usable(decoder: Decoder, images: Sequence[bytes]) -> tuple[list[bytes], list
     return kept, decoded
 
 
-def decode(decoder: Decoder, images: Sequence[bytes], threads: int, seconds: float) -> Cost:
+def decode(decoder: Callable[[bytes], object], images: Sequence[bytes], threads: int, seconds: float) -> Cost:
     """With so many threads of one process, as a worker has."""
     decoder(images[0])
 
@@ -173,12 +179,29 @@ def embeddings(backbone: Backbone, decoded: Sequence[Decoded], seconds: float) -
     return torch.cat(parts)
 
 
+def decode_on_device(
+    header: Callable[[bytes], Decoded | Jpeg],
+    there: DeviceImages,
+    images: Sequence[bytes],
+    batch_size: int,
+    seconds: float,
+) -> Cost:
+    """A batch at a time, as the embedding thread has it done; `header` is the decoding threads' part, and not timed."""
+    batch = [header(images[n % len(images)]) for n in range(batch_size)]
+
+    def once() -> None:
+        there(batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return _best(once, batch_size, seconds)
+
+
 def difference(
-    decoder: Decoder, images: Sequence[bytes], exact: Sequence[Decoded], plain: Backbone, reference: torch.Tensor
+    decoded: Sequence[Decoded], exact: Sequence[Decoded], plain: Backbone, reference: torch.Tensor
 ) -> Difference:
     """`exact`: of the same images. `reference`: what `plain` gives of the first of these."""
-    decoded = [decoder(image) for image in images[:COMPARED]]
-    levels = (stacked(decoded).int() - stacked(exact[:COMPARED]).int()).abs()
+    levels = (stacked(decoded).int() - stacked(exact).int()).abs()
     return Difference(int(levels.max()), float(levels.float().mean()), cosine(plain, decoded, reference))
 
 
@@ -198,25 +221,39 @@ def batch_of(decoded: Sequence[Decoded], size: int) -> torch.Tensor:
     return stacked([decoded[n % len(decoded)] for n in range(size)])
 
 
-def transfer(decoded: Sequence[Decoded], batch_size: int, device: torch.device, seconds: float) -> Cost:
-    """Decoded images into batches, and these to the device."""
+def transfer(decoded: Sequence[Decoded], batch_size: int, like: Backbone, seconds: float) -> Cost:
+    """Decoded images into batches, and these to the device; for a model that does nothing."""
     several = [decoded[n % len(decoded)] for n in range(batch_size)]
+    staging = Staging(cast(Backbone, _NoModel(like, batch_size)))
 
     def once() -> None:
-        images = stacked(several)
-        if device.type == "cuda":
-            images.pin_memory().to(device, non_blocking=True)
-            torch.cuda.synchronize(device)
+        staging(several).to_numpy()
 
     return _best(once, batch_size, seconds)
 
 
+class _NoModel:
+    """What `Staging` needs of a backbone."""
+
+    def __init__(self, like: Backbone, batch_size: int):
+        self.device, self.preprocessing, self.batch_size = like.device, like.preprocessing, batch_size
+
+    def __call__(self, images: torch.Tensor) -> Vectors:
+        nothing = torch.empty(len(images), 1, device=images.device)
+        return Vectors(nothing, nothing[:, 0], None, None)
+
+
 def forward(backbone: Backbone, decoded: Sequence[Decoded], seconds: float) -> Cost:
-    """Whole batches, with their vectors back on the host."""
-    images = batch_of(decoded, backbone.batch_size)
+    """Whole batches, on CUDA several that wait in its queue, so that it never does."""
+    images, queued = batch_of(decoded, backbone.batch_size), 1
     if backbone.device.type == "cuda":
-        images = images.to(backbone.device)
-    return _best(lambda: backbone(images).to_numpy(), len(images), seconds)
+        images, queued = images.to(backbone.device), QUEUED
+
+    def once() -> None:
+        vectors = [backbone(images) for _ in range(queued)]
+        vectors[-1].to_numpy()
+
+    return _best(once, queued * len(images), seconds)
 
 
 def _best(once: Callable[[], object], images: int, seconds: float) -> Cost:

@@ -18,7 +18,7 @@ from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.lists import FileList
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
-from pipeline.sets import vector_set
+from pipeline.sets import check_device, vector_set
 from pipeline.speed import Means, Sums
 from pipeline.watch import Failed, Stalled, watch
 
@@ -126,12 +126,7 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     before = versions.read_version(root)
     shards = _list(config, root)
     device = backbone.resolve_device(config.device)
-    if device == "cpu" and config.gpus_per_actor:
-        raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
-    if config.decode == "cuda" and device == "cpu":
-        raise UsageError("--decode cuda: the device is the CPU; --decode fast decodes there")
-    if config.decode == "cuda" and config.feeders:
-        raise UsageError(f"--decode cuda: --feeders {config.feeders} send decoded images; use --decode fast with them")
+    check_device(config, device)
     module = weights.load_module(config.model, config.weights, config.adapt)
     vectors, labels = vector_set(config, module, device)
     todo = _todo(root, vectors, shards)

@@ -8,6 +8,16 @@ from pipeline.errors import UsageError
 from pipeline.storage import digest, redact
 
 
+def check_device(config: RunConfig, device: str) -> None:
+    """Raises `UsageError` for what this device does not do. `device`: cpu or cuda."""
+    if device == "cpu" and config.gpus_per_actor:
+        raise UsageError(f"--gpus-per-actor {config.gpus_per_actor}: the device is the CPU")
+    if config.decode == "cuda" and device == "cpu":
+        raise UsageError("--decode cuda: the device is the CPU; --decode fast decodes there")
+    if config.decode == "cuda" and config.feeders:
+        raise UsageError(f"--decode cuda: --feeders {config.feeders} send decoded images; use --decode fast with them")
+
+
 def vector_set(config: RunConfig, module: torch.nn.Module, device: str) -> tuple[VectorSet, tuple[str, ...]]:
     """The set and the names of its classes, one a class or none. `module`: with its weights loaded.
 

@@ -1,5 +1,7 @@
 """From what stages cost to the ceiling and the setting: by numbers that are easy to check."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.ceiling import Ceiling, Decoding, Forward, Room, ceiling, chosen, workers_on_gpus
@@ -49,6 +51,13 @@ def test_on_a_gpu_the_cores_only_feed() -> None:
     fast, slow = decoding("fast", 1.5), decoding("exact", 7.5)
     assert (top(GPU, fast, device).images_per_s, top(GPU, fast, device).limited_by) == (pytest.approx(4000), "forward")
     assert (top(GPU, slow, device).images_per_s, top(GPU, slow, device).limited_by) == (pytest.approx(2000), "decode")
+
+
+def test_a_gpu_that_decodes_too_has_two_things_to_do() -> None:
+    """At 4,000 a second each it is 2,000 together, and the cores have their part of the decoding."""
+    there = replace(decoding("cuda", 0.1), there=cost(0.1, images_per_s=4000))
+    found = top(GPU, there, forward(1.0, images_per_s=4000))
+    assert (found.images_per_s, found.limited_by) == (pytest.approx(2000), "forward")
 
 
 @pytest.mark.parametrize(

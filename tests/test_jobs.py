@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typer.testing import CliRunner
 
 from jobs import job_file
 from jobs.__main__ import app
-from pipeline import machine, versions
+from pipeline import versions
 from pipeline.errors import UsageError
 from pipeline.output import Root
 
@@ -114,45 +113,6 @@ def test_every_verb_shows_a_working_example(verb: str) -> None:
     """--help says what the verb does and ends with a command to copy."""
     code, out, _ = call(verb, "--help")
     assert code == 0 and "Example: " in out and verb in out
-
-
-def test_bench_ends_in_a_command_that_runs(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each stage has its cost, the trial its rate; `embed` takes the setting as it is printed, in words and as JSON."""
-    monkeypatch.setattr(machine, "cores", lambda: 1)
-    asked = ["bench", "--input", shards, "--model", "test_vit", "--seconds", 2, "--actors", 1, "--outputs", "classes"]
-    code, out, err = call(*asked, "--json")
-    assert code == 0, err
-    told = json.loads(out)
-    rows = [told["read"], told["transfer"], told["write"], *told["decode"], *told["forward"]]
-    assert all(row["cpu_ms"] > 0 and row["images_per_s"] > 0 for row in rows)
-    assert 0 < told["expected_images_per_s"] == told["trial"]["images_per_s"]
-    assert told["images"]["count"] == 21 and told["trial"]["images"] > 0
-    exact = told["decode"][0]
-    assert (exact["decode"], exact["largest_levels"], exact["cosine"]) == ("exact", 0, pytest.approx(1))
-    assert told["ceiling_images_per_s"] in [d["ceiling_images_per_s"] for d in told["decode"]]
-    assert "CPU ms" in err and told["command"] in err.splitlines()[-1]
-    words = shlex.split(told["command"].replace("--output out", f"--output {tmp_path / 'out'} --weights random:0"))
-    code, out, err = call(*words[1:], "--dry-run", "--json")
-    assert code == 0 and json.loads(out)["shards_to_embed"] == 3, err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model", "pit_b_242"], "pit_b_224"),
-        (["--input", "{tmp}/none-*.tar"], "nothing matches"),
-        (["--input", "{tmp}/empty.tar"], "holds no image"),
-        (["--seconds", "0.5"], "--seconds 0.5: must be 1 or more"),
-        (["--decode", "slow"], "--decode slow: choose one of"),
-    ],
-)
-def test_bench_says_what_is_wrong(flags: list[str], message: str, tmp_path: Path) -> None:
-    """Exit 2 and one sentence, as `embed`."""
-    write_tar(tmp_path / "empty.tar", {"a.txt": b"no image"})
-    defaults = {"--model": "test_vit", "--input": str(tmp_path / "empty.tar"), "--seconds": "2"}
-    asked = defaults | {flags[0]: flags[1].format(tmp=tmp_path)}
-    code, out, err = call("bench", *(part for pair in asked.items() for part in pair))
-    assert (code, out) == (2, "") and message in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_a_job_file_stands_for_flags_and_the_command_line_wins(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pictures import jpeg
 from pipeline import measure, trial
 from pipeline.backbone import Backbone
 from pipeline.columns import Columns
+from pipeline.cuda_images import DeviceImages, HeaderDecoder, Jpeg
 from pipeline.errors import UsageError
 from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard, list_shards
@@ -86,21 +87,36 @@ def test_threads_decode_at_once(listed: list[Shard]) -> None:
 
 def test_a_difference_is_the_pixels_and_the_embeddings(listed: list[Shard]) -> None:
     """None from itself; of a decoder that is off by two levels exactly those."""
-    images, exact = measure.usable(decoder(), measure.read(listed, 0.05).images)
+    _, exact = measure.usable(decoder(), measure.read(listed, 0.05).images)
     plain = Backbone(oracle.module(made.MODEL))
 
-    class Off(Decoder):
-        def __call__(self, data: bytes) -> Decoded:
-            decoded = super().__call__(data)
-            pixels = decoded.pixels.copy()
-            pixels[0] = np.where(pixels[0] < 250, pixels[0] + 2, pixels[0] - 2)
-            return decoded._replace(pixels=pixels)
+    def shifted(decoded: Decoded) -> Decoded:
+        pixels = decoded.pixels.copy()
+        pixels[0] = np.where(pixels[0] < 250, pixels[0] + 2, pixels[0] - 2)
+        return decoded._replace(pixels=pixels)
 
     reference = measure.embeddings(plain, exact, 9)
     assert len(reference) == len(exact) == 22 and len(measure.embeddings(plain, exact, 0)) == 2
-    assert measure.difference(decoder(), images, exact, plain, reference) == (0, 0.0, pytest.approx(1, abs=1e-9))
-    off = measure.difference(Off(made.vector_set().preprocessing), images, exact, plain, reference)
+    assert measure.difference(exact, exact, plain, reference) == (0, 0.0, pytest.approx(1, abs=1e-9))
+    off = measure.difference([shifted(d) for d in exact], exact, plain, reference)
     assert (off.largest, off.mean) == (2, pytest.approx(2 / 3)) and 0.9 < off.cosine < 1
+
+
+def test_a_batch_is_decoded_on_the_device_alone() -> None:
+    """What the decoding threads do before is not timed with it; a device of the test's own, which takes 10 ms."""
+    images = [jpeg(120, 90, seed=i) for i in range(3)]
+    header = HeaderDecoder(made.vector_set().preprocessing)
+    sizes: list[int] = []
+
+    def blank(jpegs: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        sizes.append(len(jpegs))
+        time.sleep(0.01)
+        frames = [header(bytes(jpeg.numpy())) for jpeg in jpegs]
+        return [torch.zeros(3, *frame.stored, dtype=torch.uint8) for frame in frames if isinstance(frame, Jpeg)]
+
+    there = DeviceImages(made.vector_set().preprocessing, torch.device("cpu"), decoder(), decode=blank)
+    cost = measure.decode_on_device(header, there, images, 30, 0.05)
+    assert cost.images == 30 and 0.01 <= cost.seconds < 0.5 and set(sizes[1:]) == {30}
 
 
 def test_the_fastest_of_several_passes_counts(listed: list[Shard]) -> None:
