@@ -22,6 +22,7 @@ import torch
 from pipeline import files, open_dataset
 from pipeline.config import TensorColumn
 from pipeline.listing import list_shards
+from pipeline.lists import FileList
 from pipeline.output import Root
 from pipeline.tensor_rows import GROUP_BYTES, TensorWriter, tensor_metadata
 from pipeline.verify import verify
@@ -116,7 +117,7 @@ def output(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
         f"{job.vectors.folder}/set.json", json.dumps(job.vectors.as_dict() | {"set": job.vectors.name}).encode()
     )
     assert not [r.error for r in made.embed(job, listed) if r.error]
-    commit(root, job.vectors.name, collect(root, job.vectors.folder, listed, {}))
+    commit(root, job.vectors.name, collect(root, job.vectors.folder, listed, FileList.of([])))
     return folder
 
 
