@@ -130,7 +130,7 @@ def flow(
     from pipeline.listing import list_shards
     from pipeline.lists import FileList
     from pipeline.output import Root
-    from pipeline.progress import Sums
+    from pipeline.speed import Sums
 
     folder, name, root = ListedStore.folder, ListedStore.folder.partition("/")[2], Root(target)
     root.put_new(f"{folder}/set.json", b"{}")
