@@ -151,6 +151,6 @@ def _conclusions(result: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("ceiling", f"{top['images_per_s']:,.1f} images/s by {top['limited_by']}; CPU ms an image: {costs}"),
         ("expected", f"{result['expected_images_per_s']:,.1f} images/s, limited by {result['limited_by']}"),
-        ("tried", f"with {tried['workers']} of --actors, {tried['images']:,} images; busy: {busy}"),
+        ("tried", f"{tried['images']:,} images with --actors {tried['workers']}; busy: {busy}"),
         ("use", result["command"]),
     ]
