@@ -27,7 +27,7 @@ import made  # noqa: E402
 import torch  # noqa: E402
 from containers import write_tar  # noqa: E402
 
-from pipeline import actors  # noqa: E402
+from pipeline import actors, head  # noqa: E402
 from pipeline.actors import ray  # noqa: E402
 from pipeline.backbone import Vectors  # noqa: E402
 from pipeline.config import RunConfig  # noqa: E402
@@ -111,7 +111,7 @@ def on_a_cluster(asked: argparse.Namespace, scratch: Path) -> None:
     from ray.cluster_utils import Cluster
 
     small_shards(asked.photos, scratch / "in", asked.shards, images=10)
-    node = {"num_cpus": 1, "object_store_memory": actors.OBJECT_STORE_BYTES}
+    node = {"num_cpus": 1, "object_store_memory": head.OBJECT_STORE_BYTES}
     cluster = Cluster(initialize_head=True, connect=True, head_node_args=node)
     for _ in range(asked.nodes - 1):
         cluster.add_node(**node)

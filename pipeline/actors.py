@@ -31,7 +31,7 @@ from pipeline.errors import UsageError
 from pipeline.feed import LocalFeed
 from pipeline.feeders import RemoteFeed
 from pipeline.listing import Shard
-from pipeline.machine import cpu_workers
+from pipeline.machine import cpu_workers, memory_bytes
 
 # On a GPU, Python's lock is what one process cannot get past: 0.10 ms an image with the fast decode, 0.40 with Pillow's
 # (9,700 and 2,500 images/s at most), beside batching and the forward pass's launches. A core decodes 790 and 375
@@ -271,6 +271,11 @@ def cores() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def _nodes() -> int:
+    """Machines that Ray has, taken to be like this one."""
+    return max(1, sum(node["Alive"] for node in ray.nodes()))
+
+
 def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[int, int], float, int]:
     """(least, most) actors, GPUs of each, threads of each, on this machine.
 
@@ -281,7 +286,7 @@ def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[
     if device == "cuda":
         gpus, default = _on_gpus(config, int(resources.get("GPU", 0)), cpus, int(resources.get("memory", 0)))
     else:
-        gpus, default = 0.0, cpu_workers(cpus, resources.get("memory", 0))
+        gpus, default = 0.0, cpu_workers(cpus, memory_bytes() * _nodes())
     least, most = config.actors or (default, default)
     if gpus and least * gpus > resources.get("GPU", 0):
         raise UsageError(f"--actors {least} with {gpus:g} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
@@ -306,9 +311,9 @@ def _on_gpus(config: RunConfig, gpus: int, cpus: int, memory: int) -> tuple[floa
 
 
 def likely_threads(config: RunConfig, shards: int) -> int:
-    """The threads of `size`, before there is a Ray to ask: where memory keeps workers away they become more."""
+    """The threads of `size` on this machine alone, before there is a Ray to ask."""
     cpus = os.cpu_count() or 1
-    return _threads_each(cpus, config.actors[1] if config.actors else cpus, shards)
+    return _threads_each(cpus, config.actors[1] if config.actors else cpu_workers(cpus, memory_bytes()), shards)
 
 
 def _threads_each(cpus: int, most: int, shards: int) -> int:

@@ -72,7 +72,7 @@ class Bench:
         self.vectors, self.labels = vector_set(self.config, self.module, self.device)
         self.staged = weights.stage(self.module, self.vectors.weights_sha256)
         gpus, cores = torch.cuda.device_count() if self.device == "cuda" else 0, machine.cores()
-        workers = gpus or machine.cpu_workers(cores, machine.free_memory_bytes())
+        workers = gpus or machine.cpu_workers(cores, machine.memory_bytes())
         self.room = Room(cores=cores, gpus=gpus, workers=self.config.actors[1] if self.config.actors else workers)
         self.load, self.notes = os.getloadavg()[0], list[str]()
 

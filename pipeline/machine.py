@@ -8,6 +8,7 @@ CGROUP = Path("/sys/fs/cgroup")
 # each has a model and an interpreter of its own; 3 GB leave room beside pit_b's whole run of two, 4.8 GB with the
 # driver.
 CPU_WORKER_BYTES = 3 * 2**30
+WORKERS_SHARE = 0.75  # of the memory; the rest is for whatever else runs
 
 
 def cores() -> int:
@@ -17,18 +18,19 @@ def cores() -> int:
     return max(1, min(here, int(quota) // int(period))) if quota.isdecimal() and period.isdecimal() else here
 
 
-def free_memory_bytes() -> int:
-    """What the kernel would give without swapping, within the container's limit; all of it where it does not tell."""
-    lines = dict(line.split(":", 1) for line in _told(Path("/proc/meminfo")).splitlines() if ":" in line)
-    available = lines.get("MemAvailable", "").split()
-    free = int(available[0]) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = _told(CGROUP / "memory.max"), _told(CGROUP / "memory.current")
-    return min(free, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else free
+def memory_bytes() -> int:
+    """All that this machine has, or its container may use."""
+    limit, there = _told(CGROUP / "memory.max"), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(there, int(limit)) if limit.isdecimal() else there
 
 
 def cpu_workers(cores: int, memory_bytes: float) -> int:
-    """How many processes embed on the CPU, unless somebody says so."""
-    return max(1, min(cores, int(memory_bytes / CPU_WORKER_BYTES)))
+    """How many processes embed on the CPU, unless somebody says so.
+
+    By all memory, not by what is free: a run that is resumed on a busier day has as many workers, with as many threads
+    each, so that its vectors have the same bits.
+    """
+    return max(1, min(cores, int(WORKERS_SHARE * memory_bytes / CPU_WORKER_BYTES)))
 
 
 def _told(path: Path) -> str:

@@ -23,7 +23,7 @@ from pipeline.cuda_images import DeviceImages, HeaderDecoder, Jpeg
 from pipeline.errors import UsageError
 from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard, list_shards
-from pipeline.machine import CPU_WORKER_BYTES, cores, cpu_workers, free_memory_bytes
+from pipeline.machine import CPU_WORKER_BYTES, cores, cpu_workers, memory_bytes
 from pipeline.output import Root
 from pipeline.weights import sha256, stage
 
@@ -165,5 +165,5 @@ def test_the_rate_of_a_trial_is_all_workers_together() -> None:
 
 def test_workers_fit_into_the_memory() -> None:
     """One a core, fewer where each would have less than it needs, and one at least."""
-    assert [cpu_workers(8, gb * CPU_WORKER_BYTES) for gb in (0.5, 3, 100)] == [1, 3, 8]
-    assert 1 <= cores() <= (os.cpu_count() or 1) and free_memory_bytes() > 2**20
+    assert [cpu_workers(8, gb * CPU_WORKER_BYTES) for gb in (0.5, 4, 100)] == [1, 3, 8]
+    assert 1 <= cores() <= (os.cpu_count() or 1) and memory_bytes() > 2**20
