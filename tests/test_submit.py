@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,9 +14,6 @@ from typing import Any
 import pytest
 from chaos_job import Job, Score
 from ray_nodes import Nodes
-
-from pipeline import submission
-from pipeline.output import Root
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
