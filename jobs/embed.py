@@ -47,10 +47,12 @@ def embed(
     actors: Annotated[str | None, typer.Option(help="Pool size N or MIN:MAX [for this machine]")] = None,
     gpus_per_actor: Annotated[float | None, typer.Option(help="Fractions allowed [by the cores of each GPU]")] = None,
     feeders: Annotated[
-        int, typer.Option(help="Processes that read and decode for actors with few cores; 0: actors do so themselves")
-    ] = 0,
+        int | None, typer.Option(help="Processes that read and decode for the actors; 0: none [by the nodes' CPUs]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    ray_address: Annotated[str | None, typer.Option(help="A running cluster [a local one is started]")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A running cluster, auto or host:port [a local one is started]")
+    ] = None,
     max_reject_rate: Annotated[float, typer.Option(help="Above it: exit 3, no version")] = 0.01,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without progress before the run ends with 4")] = 600,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, do nothing")] = False,
@@ -64,8 +66,9 @@ def embed(
     Example: shard2vec embed --input 'shards/*.tar' --output out --model pit_s_224 --weights random:0
     """
 
+    address = flags.ray_address(ray_address)
+
     def body() -> int:
-        _refuse_unavailable(ray_address=ray_address)
         for flag, value in (("--input", input), ("--output", output), ("--model", model)):
             if not value:
                 raise UsageError(f"{flag} is missing: see `shard2vec embed --help`")
@@ -100,6 +103,7 @@ def embed(
                 gpus_per_actor=gpus_per_actor,
                 feeders=feeders,
                 device=device,
+                ray_address=address,
                 max_reject_rate=max_reject_rate,
                 stall_timeout_s=stall_timeout,
                 dry_run=dry_run,
@@ -111,11 +115,7 @@ def embed(
             exits.print_json(result.json)
         return result.exit_code
 
-    with head.starting(not dry_run and head.is_early(output), max(0, feeders)):  # Ray, while torch is imported
+    # While torch is imported Ray starts, or the cluster is asked.
+    is_early = not dry_run and head.is_early(output)
+    with head.reaching(address) if address else head.starting(is_early, max(0, feeders or 0)):
         exits.run(body, json)
-
-
-def _refuse_unavailable(*, ray_address: str | None) -> None:
-    """What the contract names and this version does not do yet is refused, never ignored."""
-    if ray_address is not None:
-        raise UsageError(f"--ray-address {ray_address} is not available yet: leave it out to use a local Ray")

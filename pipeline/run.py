@@ -1,5 +1,6 @@
 """The whole of `embed`, from top to bottom: list → plan → embed on Ray → collect → gate → commit."""
 
+import os
 import signal
 import sys
 import threading
@@ -8,19 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import actors, backbone, engines, head, versions, weights
+from pipeline import actors, cluster, head, machine, site, versions, weights
 from pipeline.config import RunConfig, VectorSet
 from pipeline.embed import Job, Receipt
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import Stalled, StorageError, UsageError
 from pipeline.feeders import STREAMS
 from pipeline.journal import Journal
+from pipeline.layout import lay_out, threads_alone
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.lists import FileList
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
 from pipeline.sets import check_device, vector_set
 from pipeline.speed import Means, Sums
-from pipeline.watch import Failed, Stalled, watch
+from pipeline.watch import Failed, watch
 
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
 COMMITTED, FAILED, REFUSED, STALLED, INTERRUPTED = 0, 1, 3, 4, 130
@@ -73,8 +75,12 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Resu
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
     """
     is_early = not config.dry_run and head.is_early(config.output)
-    with head.starting(is_early, config.feeders):  # Ray, while the input is listed and the model loaded
-        return _embed(config, say)
+    # Where no cluster is used a local Ray starts while the input is listed and the model loaded.
+    with cluster.used(config.ray_address, say), head.starting(is_early, config.feeders or 0):
+        try:
+            return _embed(config, say)
+        except Stalled as e:  # while planning: no node came, nothing has been written
+            return Result(STALLED, f"{e}; {AGAIN}")
 
 
 def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
@@ -125,24 +131,16 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     root = versions.open_output(config.output)
     before = versions.read_version(root)
     shards = _list(config, root)
-    device = backbone.resolve_device(config.device)
+    device = site.resolve_device(config)
     check_device(config, device)
     module = weights.load_module(config.model, config.weights, config.adapt)
-    vectors, labels = vector_set(config, module, device)
+    vectors, labels = vector_set(config, module, site.resolve_precision(config, device, say))
     todo = _todo(root, vectors, shards)
     engine, fallback = config.engine, ""
     if todo:
         if engine == "compile":
             say(f"compiling {config.model}: about a minute, the first time")
-        engine, fallback = engines.resolve_engine(
-            config.engine,
-            module,
-            precision=vectors.precision,
-            device=device,
-            batch_size=config.batch_size,
-            threads=actors.likely_threads(config, len(shards)),
-            tensors=vectors.tensors,
-        )
+        engine, fallback = site.resolve_engine(config, module, vectors, device, _threads(config, device, shards), say)
     if fallback:
         say(fallback)
         vectors = replace(vectors, engine=engine)
@@ -165,6 +163,13 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     )
 
 
+def _threads(config: RunConfig, device: str, shards: Sequence[Shard]) -> int:
+    """Of each worker: compiled code goes by them."""
+    if cluster.is_shared():
+        return lay_out(config, device, cluster.nodes(), len(shards), len(shards), cluster.possible()).threads
+    return threads_alone(config, os.cpu_count() or 1, machine.memory_bytes(), len(shards))
+
+
 def _todo(root: Root, vectors: VectorSet, shards: Sequence[Shard]) -> list[Shard]:
     done = versions.done(root, vectors.folder)
     return [s for s in shards if versions.file_name(vectors.folder, "embeddings", s.name, s.etag) not in done]
@@ -178,31 +183,35 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
     """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
-    with actors.local_ray(run.config.feeders):
-        size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
-        feeders = -(-run.config.feeders // size[1])
+    with cluster.local_ray(run.config.feeders or 0):
+        nodes = cluster.nodes()
+        layout = lay_out(run.config, run.device, nodes, len(run.shards), len(run.todo), cluster.possible())
+        most, threads = layout.actors[1], layout.threads
         run.means = Means(
-            cores=actors.cores(),
+            cores=max(1, sum(node.cpus for node in nodes)),
             threads=threads,
-            gpus=gpus or (1 / size[1] if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
-            streams=feeders * STREAMS,
+            gpus=layout.gpus or (1 / most if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
+            streams=layout.feeders * STREAMS,
         )
         job = Job(
             vectors=run.vectors,
             labels=run.labels,
             weights=str(staged),
-            adapt=replace(run.config.adapt, num_classes=run.vectors.classes or run.config.adapt.num_classes),
+            adapt=run.config.adapt.of_classes(run.vectors.classes),
             output=run.root.url,
             device=run.device,
             batch_size=run.config.batch_size,
             decode_threads=threads,
             # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
             torch_threads=1 if run.device == "cuda" else threads,
-            gpu_share=min(1.0, gpus or 1 / size[1]),
-            feeders=feeders,
+            gpu_share=min(1.0, layout.gpus or 1 / most),
+            feeders=layout.feeders,
         )
-        with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
-            for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
+        content = site.share(staged) if cluster.is_shared() else None
+        if layout.feeders and run.config.feeders is None:
+            say(f"feeders: {layout.feeders * most}, for nodes without a GPU have most of the CPUs; --feeders 0: none")
+        with Display(state) as display, actors.Pool(job, run.todo, layout, content) as pool:
+            for receipt in watch(pool, layout.actors, state, display, run.config.stall_timeout_s, say):
                 run.sums.add(receipt)
                 if receipt.files:
                     run.journal.add(receipt.files)

@@ -15,9 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray for all tests that run jobs in this process."""
-    from pipeline import actors
+    from pipeline import cluster
 
-    with actors.local_ray():
+    with cluster.local_ray():
         yield
 
 
