@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs import arguments, exits
+from pipeline import head
 from pipeline.arrival import STDOUT
 from pipeline.errors import UsageError
 
@@ -60,6 +61,7 @@ def submit(
     Example: shard2vec submit --address http://head:8265 embed --input 's3://b/*.tar' --output s3://b/out --model vit_s
     """
     as_json = json or bool(command and "--json" in command)
+    found = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or LOCAL
 
     def body() -> int:
         asked = [name for name, it in (("VERB", command), ("--status", status), ("--logs", logs)) if it]
@@ -69,13 +71,13 @@ def submit(
         if command:
             shipment = _shipment(context, command, as_json)
             passed, resources = _variables(env or []), _resources(resource or [])
-            cluster = _cluster(address)
+            cluster = _cluster(found)
             id = _start(cluster, shipment, python=python, env=passed, resources=resources, is_shipped=not no_ship)
             if no_wait:
                 exits.print_json({"id": id, "address": cluster.address}) if as_json else print(id)
                 return 0
             return _follow(cluster, id, start_timeout, as_json)
-        cluster = _cluster(address)
+        cluster = _cluster(found)
         if logs:
             _print_log(cluster.log(logs), logs, json)
         elif list:
@@ -85,7 +87,8 @@ def submit(
             exits.print_json(_told(job)) if json else print(_line(job))
         return 0
 
-    exits.run(body, as_json)
+    with head.reaching(found):  # the user's own settings of authentication
+        exits.run(body, as_json)
 
 
 def _shipment(context: typer.Context, command: list[str], as_json: bool) -> "Shipment":
@@ -128,10 +131,8 @@ def _resources(given: list[str]) -> dict[str, float]:
     return amounts
 
 
-def _cluster(address: str | None) -> "Cluster":
-    """What the flag names, else what Ray's own variables do."""
-    found = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or LOCAL
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+def _cluster(address: str) -> "Cluster":
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported; without it no token is sent
     try:
         headers = jsons.loads(os.environ.get("RAY_JOB_HEADERS") or "{}")
@@ -139,7 +140,7 @@ def _cluster(address: str | None) -> "Cluster":
         raise UsageError("RAY_JOB_HEADERS is no JSON object") from None
     from pipeline.submission import Cluster
 
-    return Cluster(found, headers)
+    return Cluster(address, headers)
 
 
 def _start(

@@ -100,6 +100,7 @@ def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> No
     wait("the first shard", lambda: shards_done(job) or first.poll() is not None)
     [known] = json.loads(call(nodes, "--list", "--json")[1])["jobs"]
     id = known["id"]
+    assert first.poll() is None, first.communicate()
     assert known["status"] == "RUNNING" and known["attempt"] == 1 and id == f"embed-{known['run']}-1"
     second = start(nodes, *asked(job, "--actors", 2))
     assert second.stderr is not None
