@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Nodes:
         self._nodes = [
             self._start(
                 "--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}",
-                "--dashboard-host=127.0.0.1", f"--temp-dir={folder}",
+                "--dashboard-host=127.0.0.1",
             )
         ]  # fmt: skip
 
@@ -70,11 +71,14 @@ class Nodes:
         return [p.pid for p in _below(self._nodes[number].pid) if name in _title(p)]
 
     def _start(self, *flags: str) -> "subprocess.Popen[bytes]":
+        # A folder for each, as each machine has one: a node that shares it takes a job's working directory away.
+        own = tempfile.mkdtemp(dir=self._folder)
         log = (self._folder / f"node-{time.monotonic_ns()}.log").open("wb")
         return subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", *flags,
-             "--node-ip-address=127.0.0.1", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats",
-             "--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--runtime-env-agent-port=0"],
+             "--node-ip-address=127.0.0.1", f"--object-store-memory={100 * 2**20}", f"--temp-dir={own}",
+             "--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--runtime-env-agent-port=0",
+             "--disable-usage-stats"],
             env=self.environment, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
