@@ -72,7 +72,8 @@ WRONG = {
     "channels": (["--in-chans", "2"], "images of 2 channels"),
     "engine": (["--engine", "onnx"], "--engine onnx: choose one of eager, compile, openvino"),
     "decode": (["--decode", "cuda", "--device", "cpu"], "--decode cuda: the device is the CPU"),
-    "cluster": (["--ray-address", "auto"], "--ray-address auto is not available yet"),
+    "client of a cluster": (["--ray-address", "ray://h:10001"], "--ray-address ray://h:10001: must be host:port"),
+    "no port": (["--ray-address", "somewhere"], "--ray-address somewhere: must be host:port or auto"),
 }
 
 

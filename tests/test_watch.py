@@ -136,7 +136,7 @@ def test_workers_that_never_get_ready_end_the_run(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_least_number_of_workers_must_find_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the stall timeout while shards wait, though others move; once all have been there, or none waits, never."""
+    """Within the stall timeout while shards wait, whoever moves; once all have been there, or none waits, never."""
 
     def moving(started: int, waiting: int) -> Iterator[Told]:
         return (told(started, 1, {"elsewhere:1:a": activity(n)}, waiting=waiting) for n in itertools.count())
