@@ -138,7 +138,10 @@ def _cluster(address: str) -> "Cluster":
         headers = jsons.loads(os.environ.get("RAY_JOB_HEADERS") or "{}")
     except ValueError:
         raise UsageError("RAY_JOB_HEADERS is no JSON object") from None
-    from pipeline.submission import Cluster
+    try:
+        from pipeline.submission import Cluster
+    except ImportError as e:
+        raise UsageError(f"submit needs Ray's job client ({e}): pip install 'shard2vec[jobs]'") from e
 
     return Cluster(address, headers)
 

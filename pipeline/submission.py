@@ -68,7 +68,7 @@ class Cluster:
 
     def __init__(self, address: str, headers: Mapping[str, str] | None = None):
         if JobDetails is None:
-            raise UsageError("submit needs Ray's job client: install the extra, as in pip install 'shard2vec[jobs]'")
+            raise UsageError("submit needs Ray's job client: pip install 'shard2vec[jobs]'")
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray's client lets its variables win over what it is given

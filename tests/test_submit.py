@@ -93,22 +93,19 @@ def test_a_token_is_asked_for_and_none_is_made(nodes: Nodes, tmp_path: Path) -> 
 
 
 def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> None:
-    """Attempt 1 is followed by two and stopped by a third. The same command makes attempt 2, which keeps what is done,
+    """Two ask at once: one job, followed by both, stopped by a third. The same command makes attempt 2, which keeps what is done,
     loses a node with all that runs there, commits, and ends with 0: `verify` finds every id once."""
     nodes.wait_for(2)
-    first = start(nodes, *asked(job, "--actors", 2))
-    wait("the first shard", lambda: shards_done(job) or first.poll() is not None)
+    both = [start(nodes, *asked(job, "--actors", 2)) for _ in range(2)]
+    wait("the first shard", lambda: shards_done(job) or all(run.poll() is not None for run in both))
     [known] = json.loads(call(nodes, "--list", "--json")[1])["jobs"]
     id = known["id"]
-    assert first.poll() is None, first.communicate()
     assert known["status"] == "RUNNING" and known["attempt"] == 1 and id == f"embed-{known['run']}-1"
-    second = start(nodes, *asked(job, "--actors", 2))
-    assert second.stderr is not None
-    wait("the second one's word", lambda: f"job {id} is this run, and under way" in second.stderr.readline())
     assert call(nodes, "--stop", id)[0] == 0
-    for run in (first, second):
-        out, err = run.communicate(timeout=WAIT_S)
-        assert run.returncode == 130 and json.loads(out.splitlines()[-1])["exit_code"] == 130, err
+    told = [run.communicate(timeout=WAIT_S) for run in both]
+    for run, (out, err) in zip(both, told, strict=True):
+        assert run.returncode == 130 and "embedding " in err and json.loads(out.splitlines()[-1]), err
+    assert sorted(f"job {id} is this run, and " in err for _, err in told) == [False, True]
     assert "interrupted; run the same command to go on" in call(nodes, "--logs", id)[1]
     kept = shards_done(job)
     assert 0 < kept < 10
