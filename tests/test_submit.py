@@ -93,8 +93,8 @@ def test_a_token_is_asked_for_and_none_is_made(nodes: Nodes, tmp_path: Path) -> 
 
 
 def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> None:
-    """Two ask at once: one job, followed by both, stopped by a third. The same command makes attempt 2, which keeps what is done,
-    loses a node with all that runs there, commits, and ends with 0: `verify` finds every id once."""
+    """Two ask at once: one job, followed by both, stopped by a third. The same command makes attempt 2, which keeps what
+    is done, loses a node with all that runs there, commits, and ends with 0: `verify` finds every id once."""
     nodes.wait_for(2)
     both = [start(nodes, *asked(job, "--actors", 2)) for _ in range(2)]
     wait("the first shard", lambda: shards_done(job) or all(run.poll() is not None for run in both))
@@ -102,10 +102,10 @@ def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> No
     id = known["id"]
     assert known["status"] == "RUNNING" and known["attempt"] == 1 and id == f"embed-{known['run']}-1"
     assert call(nodes, "--stop", id)[0] == 0
-    told = [run.communicate(timeout=WAIT_S) for run in both]
-    for run, (out, err) in zip(both, told, strict=True):
+    ends = [run.communicate(timeout=WAIT_S) for run in both]
+    for run, (out, err) in zip(both, ends, strict=True):
         assert run.returncode == 130 and "embedding " in err and json.loads(out.splitlines()[-1]), err
-    assert sorted(f"job {id} is this run, and " in err for _, err in told) == [False, True]
+    assert sorted(f"job {id} is this run, and " in err for _, err in ends) == [False, True]
     assert "interrupted; run the same command to go on" in call(nodes, "--logs", id)[1]
     kept = shards_done(job)
     assert 0 < kept < 10
