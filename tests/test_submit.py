@@ -93,8 +93,8 @@ def test_a_token_is_asked_for_and_none_is_made(nodes: Nodes, tmp_path: Path) -> 
 
 
 def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> None:
-    """Two ask at once: one job, followed by both, stopped by a third. The same command makes attempt 2, which keeps what
-    is done, loses a node with all that runs there, commits, and ends with 0: `verify` finds every id once."""
+    """Two ask at once: one job, followed by both, stopped by a third. The same command makes attempt 2, which keeps
+    what is done, loses a node with all that runs there, commits and ends with 0: `verify` finds every id once."""
     nodes.wait_for(2)
     both = [start(nodes, *asked(job, "--actors", 2)) for _ in range(2)]
     wait("the first shard", lambda: shards_done(job) or all(run.poll() is not None for run in both))
