@@ -333,7 +333,7 @@ def test_a_killed_run_is_taken_up_once_its_lease_has_run_out(asked: RunConfig, t
     run(asked)
     root = Root(asked.output)
     argv = ["--input", f"{tmp_path}/in", "--output", asked.output, "--model", "pit_ti_224", "--weights", "random:0"]
-    argv += ["--actors", "1", "--batch-size", "2", "--precision", "fp32", "--lease-timeout", "20"]
+    argv += ["--actors", "1", "--batch-size", "2", "--precision", "fp32", "--lease-timeout", "8"]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs", "reembed", *argv],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
@@ -350,7 +350,7 @@ def test_a_killed_run_is_taken_up_once_its_lease_has_run_out(asked: RunConfig, t
     if holder(root) is not None:
         assert (code, pairs(out)["result"]) == (0, "taken") and f":{job.pid} since" in err
     wait_for(lambda: holder(root) is None)
-    code, out, err = call("reembed", *argv, "--json")
+    code, out, err = call("reembed", *argv, "--lease-timeout", 60, "--json")
     assert code == 0, err
     ended = json.loads(out)
     assert (ended["version"], ended["shards_unchanged"] + ended["shards_embedded"]) == (2, 2)
