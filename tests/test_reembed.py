@@ -240,7 +240,11 @@ def test_the_bill_is_counted_where_it_can_be_and_writes_nothing(asked: RunConfig
     dry = replace(asked, dry_run=True)
     first = run(dry)
     assert told(first, "result", "images", "hours", "lease", "shards_to_embed") == (0, "dry-run", None, None, "free", 2)
-    assert "unknown many images (no former run to estimate by)" in first.message and not Path(asked.output).exists()
+    assert first.message.endswith(
+        "shards to embed: 2; images: unknown (no former run to estimate by); "
+        "time: unknown: no former run to go by; shards to drop: 0"
+    )
+    assert not Path(asked.output).exists()
     run(asked)
     before = sorted((p, p.stat().st_mtime_ns) for p in Path(asked.output).rglob("*"))
     again = run(dry)
@@ -249,12 +253,13 @@ def test_the_bill_is_counted_where_it_can_be_and_writes_nothing(asked: RunConfig
     other = run(replace(dry, weights="random:1"))
     assert told(other, "images", "images_estimated", "images_per_s") == (0, 24, False, speed)
     assert other.json["hours"] == pytest.approx(24 / speed / 3600)
-    assert "24 images (counted by version 1)" in other.message and "the last run, of another set" in other.message
+    assert "images: 24 (counted by version 1); time: about " in other.message
+    assert f" s, at the {speed:,.1f} images/s of the last run, of another set, test_vit@" in other.message
     shutil.copy(tmp_path / "in" / "a.tar", tmp_path / "in" / "c.tar")
     (tmp_path / "in" / "b.tar").unlink()
     more = run(dry)
     assert told(more, "images", "images_estimated", "removed", "to_embed") == (0, 12, True, ["b"], ["c"])
-    assert "about 12 images" in more.message and "1 shards to drop: b" in more.message
+    assert "images: about 12 (bytes an image of the" in more.message and "shards to drop: 1 (b)" in more.message
     told_by, _ = bill(plan(asked, lambda line: None), None)  # as where no version is left: by the former run's bytes
     assert told_by["images_estimated"] and abs(told_by["images"] - 12) <= 12
     assert sorted((p, p.stat().st_mtime_ns) for p in Path(asked.output).rglob("*")) == before
