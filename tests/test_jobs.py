@@ -325,7 +325,8 @@ def test_a_killed_run_resumes_to_the_very_result_of_an_undisturbed_one(tmp_path:
     told = json.loads(out.splitlines()[-1])
     assert told["shards_unchanged"] >= 2 and told["shards_unchanged"] + told["shards_embedded"] == 6
     undisturbed = made.job(tmp_path / "whole", model="pit_ti_224", batch_size=2, decode="fast")
-    versions.commit(Root(str(tmp_path / "whole")), "whole", [r.files for r in made.embed(undisturbed, shards)])
+    files = [r.files for r in made.embed(undisturbed, shards)]
+    versions.commit(Root(str(tmp_path / "whole")), undisturbed.vectors.name, files)
     tables = [
         versions.open_dataset(str(o), kind=kind).to_table()
         for o in (output, tmp_path / "whole")
