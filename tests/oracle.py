@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -54,18 +55,24 @@ class Expected(NamedTuple):
 
 def module(model: str, seed: int = 0) -> torch.nn.Module:
     """timm's own initialisation after `manual_seed`; a copy, which is ten times faster to have than a new one."""
-    return copy.deepcopy(_module(model, seed))
+    return copy.deepcopy(shared(model, seed))
 
 
 @lru_cache(maxsize=3)
-def _module(model: str, seed: int) -> torch.nn.Module:
+def shared(model: str, seed: int = 0) -> torch.nn.Module:
+    """The same, for those who change nothing in it."""
     torch.manual_seed(seed)
     return timm.create_model(model, pretrained=False).eval()
 
 
-def expected(model: str, images: list[bytes], seed: int = 0) -> Expected:
+def expected(model: str, images: Sequence[bytes], seed: int = 0) -> Expected:
     """timm's own calls, each for itself, one image at a time."""
-    net = module(model, seed)
+    return _expected(model, tuple(images), seed)
+
+
+@lru_cache(maxsize=4)
+def _expected(model: str, images: tuple[bytes, ...], seed: int) -> Expected:
+    net = shared(model, seed)
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=net))
     embeddings, scores, tokens, maps = [], [], [], []
     with torch.inference_mode():
