@@ -388,7 +388,6 @@ def test_a_killed_worker_and_images_that_kill_theirs_cost_time_and_no_row(tmp_pa
     assert call("verify", output, "--input", shards)[0] == 0
 
 
-@pytest.mark.slow
 def test_demo_shows_a_result(tmp_path: Path, ray_session: None) -> None:
     """Shards, rejects by reason, a verified version, a table that pandas printed and a picture."""
     code, out, err = call("demo", "--output", tmp_path / "demo", "--images", 48, "--model", "test_vit", "--json")
