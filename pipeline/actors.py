@@ -24,6 +24,7 @@ from pipeline import head
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import machine
 from pipeline.board import Board, Told
 from pipeline.config import RunConfig
 from pipeline.embed import Embedder, Feed, Job, Receipt, backbone_of, worker_name
@@ -312,7 +313,7 @@ def _on_gpus(config: RunConfig, gpus: int, cpus: int, memory: int) -> tuple[floa
 
 def likely_threads(config: RunConfig, shards: int) -> int:
     """The threads of `size` on this machine alone, before there is a Ray to ask."""
-    cpus = os.cpu_count() or 1
+    cpus = machine.cores()
     return _threads_each(cpus, config.actors[1] if config.actors else cpu_workers(cpus, memory_bytes()), shards)
 
 

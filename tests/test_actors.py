@@ -61,3 +61,18 @@ def test_flags_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_shards_take_few_workers_and_no_other_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of a run has the share, and so the batch size, of the whole one."""
     assert sized(monkeypatch, 16, 1, todo=1) == ((1, 1), 0.3333, 5)
+
+
+@pytest.mark.parametrize(
+    ("shards", "actors_", "threads"), [(1000, None, 1), (3, None, 4), (1, None, 12), (9, (2, 3), 4)]
+)
+def test_an_engine_is_proven_with_the_workers_threads(
+    shards: int, actors_: tuple[int, int] | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the cores that this process may use, of a container too, before there is a Ray to ask: as Ray has them."""
+    monkeypatch.setattr(actors.machine, "cores", lambda: 12)
+    monkeypatch.setattr(actors, "memory_bytes", lambda: 512 * GB)
+    monkeypatch.setattr(actors, "_nodes", lambda: 1)
+    monkeypatch.setattr(actors.ray, "cluster_resources", lambda: {"CPU": 12.0})
+    asked = RunConfig(inputs=("x",), output="y", model="z", actors=actors_)
+    assert actors.likely_threads(asked, shards) == actors.size(asked, "cpu", shards, shards)[2] == threads
