@@ -39,19 +39,20 @@ def rows(receipts: list[Receipt], output: Path, columns: list[str] | None = None
 @pytest.mark.by_model
 @pytest.mark.parametrize("model", [*(m for m in oracle.SEEDS if m not in oracle.ON_RAY), *oracle.OTHERS])
 def test_every_layout_and_head_ends_in_the_right_row(model: str, tmp_path: Path) -> None:
-    """Seeds and other families: embedding, scores, tokens and maps in the files are timm's own calls'."""
+    """Seeds and other families: embedding, scores and tokens in the files are timm's own calls'; others' maps too."""
     images = list(oracle.good_images().values())[:2]
     write_tar(tmp_path / "in" / "x.tar", {f"{i}.jpg": image for i, image in enumerate(images)})
-    classes = "eva02" not in model
-    outputs = ("embedding", "classes", "tokens", "features") if classes else ("embedding", "tokens", "features")
+    classes, has_maps = "eva02" not in model, model in oracle.OTHERS  # the seeds' maps: test_features.py
+    outputs = ("embedding", *["classes"] * classes, "tokens", *["features"] * has_maps)
     job = made.job(tmp_path / "out", model=model, outputs=outputs, indices=(2, 0), top_k=5 * classes)
     (receipt,) = made.embed(job, tmp_path / "in")
-    want = oracle.expected(model, images)
-    tables = {k: pq.read_table(tmp_path / "out" / receipt.files.names[k]) for k in ("embeddings", "tokens", "features")}
+    want = oracle.expected(model, images, maps=has_maps)
+    tables = {kind: pq.read_table(tmp_path / "out" / name) for kind, name in receipt.files.names.items()}
     assert oracle.relative(np.array(tables["embeddings"]["embedding"].to_pylist()), want.embedding) < 1e-5
-    for column, values in {"tokens": want.tokens, "feature_0": want.maps[0], "feature_1": want.maps[1]}.items():
-        table = tables["tokens" if column == "tokens" else "features"]
-        got = table[column].combine_chunks().flatten().to_numpy().reshape(len(values), -1)
+    beside = [("tokens", "tokens", want.tokens), *(("features", f"feature_{i}", m) for i, m in enumerate(want.maps))]
+    assert len(beside) == 1 + 2 * has_maps
+    for kind, column, values in beside:
+        got = tables[kind][column].combine_chunks().flatten().to_numpy().reshape(len(values), -1)
         assert oracle.relative(got.astype(np.float32), values) < 1e-3, column
     if classes:
         order = np.argsort(-want.scores, axis=1, kind="stable")[:, :5]

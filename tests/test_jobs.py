@@ -215,7 +215,7 @@ def test_the_command_lines_vectors_are_timms(model: str, shards: Path, tmp_path:
     )
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["rows"] == 4
-    want = oracle.expected(model, images)
+    want = oracle.expected(model, images, maps=True)
     table = versions.open_dataset(str(tmp_path / "out")).to_table().to_pylist()
     assert [r["key"] for r in table] == [f"photo_{i}" for i in range(4)]
     assert oracle.relative(np.array([r["embedding"] for r in table]), want.embedding) < 1e-5
