@@ -1,6 +1,5 @@
 """The whole of `embed`, from top to bottom: list → plan → embed on Ray → collect → gate → commit."""
 
-import os
 import signal
 import sys
 import threading
@@ -167,7 +166,7 @@ def _threads(config: RunConfig, device: str, shards: Sequence[Shard]) -> int:
     """Of each worker: compiled code goes by them."""
     if cluster.is_shared():
         return lay_out(config, device, cluster.nodes(), len(shards), len(shards), cluster.possible()).threads
-    return threads_alone(config, os.cpu_count() or 1, machine.memory_bytes(), len(shards))
+    return threads_alone(config, machine.cores(), machine.memory_bytes(), len(shards))
 
 
 def _todo(root: Root, vectors: VectorSet, shards: Sequence[Shard]) -> list[Shard]:
