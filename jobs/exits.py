@@ -34,8 +34,8 @@ def run(verb: Callable[[], int], as_json: bool) -> None:
         code = _failed(USAGE, str(e), as_json)
     except (StorageError, OSError) as e:
         code = _failed(FAILED, str(e), as_json)
-    except KeyboardInterrupt:
-        code = _failed(INTERRUPTED, "interrupted; run the same command to go on", as_json)
+    except KeyboardInterrupt as e:
+        code = _failed(INTERRUPTED, f"interrupted; {e or 'run the same command to go on'}", as_json)
     raise typer.Exit(code)
 
 

@@ -90,6 +90,8 @@ def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
     if not is_wanted or _head is not None or (ray is not None and ray.is_initialized()):
         yield
         return
+    # In a job of a cluster Ray would look for that job's working directory in this Ray too, where it is not.
+    os.environ.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
     # The workers import the checkout or the installation that this process runs from.
     home = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH", "")
