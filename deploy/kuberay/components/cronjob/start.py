@@ -1,4 +1,4 @@
-"""Starts a run: copies the RayJob that is named, which is suspended, under this pod's Job's name, and lets the copy run.
+"""Starts a run: copies a suspended RayJob under the name of this pod's Job, and lets the copy run.
 
     python start.py NAME
 
