@@ -349,7 +349,8 @@ def test_credentials_are_identities(store: str) -> None:
 
 @pytest.mark.parametrize("file", sorted(KUBERAY.rglob("job.yaml")), ids=lambda path: path.parent.name)
 def test_job_files_hold_flags_of_the_verb(file: Path) -> None:
-    verb = one(built(("base",)), "RayJob")["spec"]["entrypoint"].split()[1]
+    entrypoint = one(built(("base",)), "RayJob")["spec"]["entrypoint"].split()
+    verb = entrypoint[entrypoint.index("shard2vec") + 1]
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
     argv = job_file.expand(["--config", str(file)])
     known = {flag for parameter in command.params for flag in parameter.opts}
