@@ -59,7 +59,7 @@ def test_commands_that_are_shown_exist(page: Path) -> None:
 
 
 def test_the_check_of_commands_can_fail() -> None:
-    text = "```\nshard2vec embed --input x --colour red\n```\n`shard2vec paint o`\n entrypoint: a && shard2vec gc o --kep 2"
+    text = "```\nshard2vec embed --colour red\n```\n`shard2vec paint o`\n entrypoint: a && shard2vec gc o --kep 2"
     assert [unknown(words) for words in commands(text)] == [["--colour"], ["paint"], ["--kep"]]
     assert len([words for page in PAGES for words in commands(page.read_text())]) > 20
 
