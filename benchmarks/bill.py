@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, help="of its embedding [the model's]")
     parser.add_argument("--nodes", type=int, default=16)
     parser.add_argument("--cores", type=int, default=16, help="of a node")
+    parser.add_argument("--network", type=float, default=25.0, help="Gbit/s of a node, from the store")
     parser.add_argument("--cpu", action="store_true", help="nodes without a GPU, engine openvino")
     parser.add_argument("--speed", type=float, help="images/s of a node, as your pilot had it [by the figures here]")
     parser.add_argument(
@@ -94,17 +95,19 @@ def bill(args: argparse.Namespace) -> list[str]:
 
 def node_speed(args: argparse.Namespace) -> tuple[float, str]:
     """Images/s of a node, and what limits it."""
-    size = min(DECODE_CORE, key=lambda known: abs(known - args.image_bytes))
-    decode = args.cores * DECODE_CORE[size]
     known = FORWARD_CORE if args.cpu else FORWARD_GPU
     if args.model not in known:
         raise SystemExit(f"--model {args.model}: no figure here: one of {', '.join(known)}, or give --speed and --dim")
+    core = DECODE_CORE[min(DECODE_CORE, key=lambda size: abs(size - args.image_bytes))]
+    ceilings = {"network": args.network * 1e9 / 8 / args.image_bytes}
     if args.cpu:  # decoding and the forward pass share the cores
-        each = 1 / (1 / DECODE_CORE[size] + 1 / known[args.model])
-        return args.cores * each * args.share, f"{args.cores} cores, {args.share:.0%} of decoding and forward measured"
-    forward = known[args.model]
-    limit = "forward, arithmetic" if forward <= decode else f"decoding, measured a core, {args.cores} cores"
-    return min(forward, decode) * args.share, f"{args.share:.0%} of its ceiling: {limit}"
+        both = 1 / core + 1 / known[args.model]
+        ceilings[f"decoding and forward, measured a core, {args.cores} cores"] = args.cores / both
+    else:
+        ceilings["forward, arithmetic"] = known[args.model]
+        ceilings[f"decoding, measured a core, {args.cores} cores"] = args.cores * core
+    limit = min(ceilings, key=lambda name: ceilings[name])
+    return ceilings[limit] * args.share, f"{args.share:.0%} of its ceiling: {limit}"
 
 
 def row_bytes(dim: int) -> float:
