@@ -37,26 +37,36 @@ GROWTH = {10**4: (1.34, 74), 10**5: (13.9, 392), 10**6: (135.0, 2900)}  # shards
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=float, default=1e9)
-    parser.add_argument("--shards", type=float, default=1e5)
-    parser.add_argument("--image-bytes", type=float, default=110_000, help="of an image as it is stored")
+    parser.add_argument("--images", type=positive, default=1e9)
+    parser.add_argument("--shards", type=positive, default=1e5)
+    parser.add_argument("--image-bytes", type=positive, default=110_000, help="of an image as it is stored")
     parser.add_argument("--model", default="convit_base", help="one whose forward pass has a figure here")
-    parser.add_argument("--dim", type=int, help="of its embedding [the model's]")
-    parser.add_argument("--nodes", type=int, default=16)
-    parser.add_argument("--cores", type=int, default=16, help="of a node")
-    parser.add_argument("--network", type=float, default=25.0, help="Gbit/s of a node, from the store")
+    parser.add_argument("--dim", type=whole, help="of its embedding [the model's]")
+    parser.add_argument("--nodes", type=whole, default=16)
+    parser.add_argument("--cores", type=whole, default=16, help="of a node")
+    parser.add_argument("--network", type=positive, default=25.0, help="Gbit/s of a node, from the store")
     parser.add_argument("--cpu", action="store_true", help="nodes without a GPU, engine openvino")
-    parser.add_argument("--speed", type=float, help="images/s of a node, as your pilot had it [by the figures here]")
+    parser.add_argument("--speed", type=positive, help="images/s of a node, as your pilot had it [by the figures here]")
     parser.add_argument(
-        "--share", type=float, default=0.85, help="of a node's ceiling that a run reaches [an assumption]"
+        "--share", type=positive, default=0.85, help="of a node's ceiling that a run reaches [an assumption]"
     )
     parser.add_argument(
         "--lost", type=float, default=0.05, help="of the work done twice, by lost nodes [an assumption]"
     )
-    parser.add_argument("--price", type=float, default=4.0, help="of a node's hour: an example, not an offer")
+    parser.add_argument("--price", type=positive, default=4.0, help="of a node's hour: an example, not an offer")
     args = parser.parse_args(argv)
     for line in bill(args):
         print(line)
+
+
+def positive(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise ValueError
+    return number
+
+
+def whole(text: str) -> int:
+    return int(positive(str(int(text))))
 
 
 def bill(args: argparse.Namespace) -> list[str]:
