@@ -33,7 +33,7 @@ def commands(text: str) -> Iterator[list[str]]:
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
     entrypoints = re.findall(r"^ *entrypoint: (.*)$", text, re.MULTILINE)
     for line in "\n".join([*fenced, *inline, *entrypoints]).replace("\\\n", " ").split("\n"):
-        if found := re.search(r"(?:^|[\s/`])shard2vec\s+(.*)", line.partition(" # ")[0]):
+        if found := re.search(r"(?:^|(?<!-n)[\s/`])shard2vec\s+(.*)", line.partition(" # ")[0]):
             words = shlex.split(re.split(r"[|;>&]|\s#", found[1])[0].replace("…", " "))
             if words and re.fullmatch("[a-z]+", words[0]):
                 yield words
