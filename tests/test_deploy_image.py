@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +152,31 @@ def test_the_build_sees_what_it_copies_and_little_else() -> None:
     assert sources == allowed
     assert {name for name in sources if not (ROOT / name).exists()} <= {"deploy/torch-cpu.lock"}
     assert not {".git", "tests", ".venv"} & allowed
+
+
+def test_the_wheel_has_every_file_of_the_packages(tmp_path: Path) -> None:
+    """Templates and the like too: the image has the wheel, not the checkout."""
+    source = tmp_path / "source"
+    for name in ("pipeline", "jobs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        tmp_path,
+        source,
+    ]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = {str(path.relative_to(source)) for name in ("pipeline", "jobs") for path in (source / name).rglob("*.*")}
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == files
 
 
 def test_no_registry_is_named() -> None:
