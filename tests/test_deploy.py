@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -282,6 +283,22 @@ def test_a_run_ends_and_is_tried_again() -> None:
     assert spec["suspend"] and spec["shutdownAfterJobFinishes"]
     assert spec["backoffLimit"] > 0 and spec["activeDeadlineSeconds"] > 0 and spec["ttlSecondsAfterFinished"] >= 0
     assert not one(built(("overlays/s3", "components/now")), "RayJob")["spec"]["suspend"]
+
+
+def test_the_entrypoint_outlives_both_shells() -> None:
+    """KubeRay writes it into a script of the submitter, unquoted; Ray puts the words together again for the head's."""
+    spec = one(built(("base",)), "RayJob")["spec"]
+    shown = f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
+    done = subprocess.run(
+        ["bash", "-ce", f"{shown} {spec['entrypoint']} ;"], capture_output=True, text=True, check=True
+    )
+    words = json.loads(done.stdout)
+    command = shlex.join(words)  # as `ray job submit` does
+    assert shlex.split(command) == words == ["sh", "-c", words[2]]
+    wait, run = words[2].split(" && exec ")
+    assert run.startswith("shard2vec reembed ") and "--ray-address auto" in run
+    lease = yaml.safe_load((KUBERAY / "base" / "job.yaml").read_text())["lease-timeout"]
+    assert wait == f"sleep {lease}"  # so long after a killed attempt nobody holds it
 
 
 def test_both_kinds_of_workers_scale_from_none() -> None:

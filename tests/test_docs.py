@@ -31,7 +31,7 @@ def commands(text: str) -> Iterator[list[str]]:
     """The words after `shard2vec` of each command in fenced blocks, in inline code and in entrypoints."""
     fenced = re.findall(r"^ *```[a-z]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
-    entrypoints = re.findall(r"^ *entrypoint: (.*)$", text, re.MULTILINE)
+    entrypoints = [line.replace('"', "") for line in re.findall(r"^ *entrypoint: (.*)$", text, re.MULTILINE)]
     for line in "\n".join([*fenced, *inline, *entrypoints]).replace("\\\n", " ").split("\n"):
         if found := re.search(r"(?:^|(?<!-n)[\s/`])shard2vec\s+(.*)", line.partition(" # ")[0]):
             words = shlex.split(re.split(r"[|;>&]|\s#", found[1])[0].replace("…", " "))
