@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.feeders import STREAMS
 from pipeline.journal import Journal
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.lists import FileList
+from pipeline.meters import Meters
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
 from pipeline.sets import check_device, vector_set
@@ -39,7 +41,7 @@ class Run:
     config: RunConfig
     root: Root
     shards: list[Shard]
-    before: int  # the version that was current when the shards were listed; 0 where there was none
+    before: versions.Version | None  # that was current when the shards were listed
     vectors: VectorSet
     engine_fallback: str  # why the engine is not the one asked for; "" where it is
     labels: tuple[str, ...]
@@ -52,6 +54,7 @@ class Run:
     sums: Sums = field(default_factory=Sums)
     failed: list[Receipt] = field(default_factory=list)
     means: Means = field(default_factory=lambda: Means(cores=1, threads=1))
+    meters: Meters | None = None  # once Ray is there
 
 
 @dataclass
@@ -89,12 +92,14 @@ def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
     note = Note(run.root, state)
     files = FileList.of([])
     try:
-        with _terminated_as_interrupted():
+        with _terminated_as_interrupted(), ExitStack() as ray:
             if run.todo:
-                _embed_todo(run, state, say)
+                _embed_todo(run, state, ray, say)
             files = _collect(run)
             _gate(config, files)
             version = _commit(run, files, say)
+            if run.meters:
+                run.meters.succeed(version)
     except Refused as e:
         ended = Result(REFUSED, str(e))
     except Stalled as e:
@@ -152,7 +157,7 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
         config=config,
         root=root,
         shards=shards,
-        before=before.version if before else 0,
+        before=before,
         vectors=vectors,
         engine_fallback=fallback,
         labels=labels,
@@ -174,42 +179,47 @@ def _list(config: RunConfig, root: Root) -> list[Shard]:
     return list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
 
 
-def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
-    """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
+def _embed_todo(run: Run, state: State, ray: ExitStack, say: Callable[[str], None]) -> None:
+    """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`.
+
+    Ray stays with the stack, so that a commit too can be told through it.
+    """
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
-    with actors.local_ray(run.config.feeders):
-        size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
-        feeders = -(-run.config.feeders // size[1])
-        run.means = Means(
-            cores=actors.cores(),
-            threads=threads,
-            gpus=gpus or (1 / size[1] if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
-            streams=feeders * STREAMS,
-        )
-        job = Job(
-            vectors=run.vectors,
-            labels=run.labels,
-            weights=str(staged),
-            adapt=replace(run.config.adapt, num_classes=run.vectors.classes or run.config.adapt.num_classes),
-            output=run.root.url,
-            device=run.device,
-            batch_size=run.config.batch_size,
-            decode_threads=threads,
-            # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
-            torch_threads=1 if run.device == "cuda" else threads,
-            gpu_share=min(1.0, gpus or 1 / size[1]),
-            feeders=feeders,
-        )
-        with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
-            for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
-                run.sums.add(receipt)
-                if receipt.files:
-                    run.journal.add(receipt.files)
-                if receipt.error:
-                    run.failed.append(receipt)
-                    say(f"shard {receipt.shard} failed: {receipt.error}")
-                _check_failures(run)
+    ray.enter_context(actors.local_ray(run.config.feeders))
+    size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
+    feeders = -(-run.config.feeders // size[1])
+    run.means = Means(
+        cores=actors.cores(),
+        threads=threads,
+        gpus=gpus or (1 / size[1] if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
+        streams=feeders * STREAMS,
+    )
+    job = Job(
+        vectors=run.vectors,
+        labels=run.labels,
+        weights=str(staged),
+        adapt=replace(run.config.adapt, num_classes=run.vectors.classes or run.config.adapt.num_classes),
+        output=run.root.url,
+        device=run.device,
+        batch_size=run.config.batch_size,
+        decode_threads=threads,
+        # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
+        torch_threads=1 if run.device == "cuda" else threads,
+        gpu_share=min(1.0, gpus or 1 / size[1]),
+        feeders=feeders,
+    )
+    run.meters = meters = Meters(state, run.root.url, run.before, run.means.gpus)
+    with meters, Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
+        for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say, meters.see):
+            run.sums.add(receipt)
+            meters.add(receipt)
+            if receipt.files:
+                run.journal.add(receipt.files)
+            if receipt.error:
+                run.failed.append(receipt)
+                say(f"shard {receipt.shard} failed: {receipt.error}")
+            _check_failures(run)
     _check_failures(run, finished=True)
 
 
@@ -252,7 +262,7 @@ def _commit(run: Run, files: FileList, say: Callable[[str], None]) -> versions.V
     """The version; None where metrics alone would take the place of vectors that readers use."""
 
     def stays(before: versions.Version) -> bool:
-        if before.version != run.before and (how := _has_changed(run)):
+        if before != run.before and (how := _has_changed(run)):
             raise Failed(f"{how}, and version {before.version} was committed meanwhile")
         return run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before)
 
