@@ -6,8 +6,11 @@ a few sums at each receipt, and some thirty calls of a microsecond every `EVERY_
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import ray
 from ray.util.metrics import Counter, Gauge
 
 from pipeline import metrics
@@ -22,26 +25,32 @@ NOTHING = 5e-324  # the least that a counter takes: its series is there from the
 
 
 class Meters:
-    """One run's metrics: a context for as long as its workers work."""
+    """One run's metrics: what comes of its shards, what its workers say, how it ended."""
 
-    def __init__(self, state: State, output: str, before: Version | None, gpus: float):
-        """`before`: the version that was current when the run started. `gpus`: of each worker; 0: the CPU computes."""
-        self._state, self._gpus = state, gpus
-        base = {"output": output, "set": state.set}
-        self._counters, self._gauges = (
-            {m: kind(m.full_name, m.help, m.label_names).set_default_tags(base) for m in metrics.RUN if m.kind == name}
-            for name, kind in (("counter", Counter), ("gauge", Gauge))
-        )
-        self._due: dict[tuple[Metric, str], float] = {}  # (counter, value of its own label) → since it was last told
-        for counter in self._counters:
-            self._due |= dict.fromkeys(((counter, value) for value in counter.values or ("",)), NOTHING)
+    def __init__(self, state: State, output: str, before: Version | None):
+        """`before`: the version that was current when the run started."""
+        self._state, self._share = state, 1.0
+        self._labels = {"output": output, "set": state.set}
+        self._rays: dict[Metric, Any] = {}
+        # (counter, value of its own label) → since it was last told
+        self._due = {(m, value): NOTHING for m in metrics.RUN if m.kind == "counter" for value in m.values or ("",)}
         self._failed = 0
         self._said: dict[str, dict[str, Any]] = {}
         self._moved, self._progress_at = (0, 0), time.time()
         self._forward_s: dict[str, float] = {}  # of each worker, when it was last told …
         self._told_at = time.monotonic()  # … then
-        self._commit_at, self._success_at = metrics.unix_time(before), None
+        self._commit_at, self._success_at = metrics.unix_time(before), 0.0
+
+    @contextmanager
+    def at(self, gpus: float) -> Iterator[None]:
+        """While workers are at it, each with so many GPUs; 0: the CPU computes. In the end all counts are told."""
+        self._share = gpus or 1.0
         self.tell()
+        try:
+            yield
+        finally:
+            self._said = {}
+            self.tell()
 
     def add(self, receipt: Receipt) -> None:
         """Counts one that the run's state has seen."""
@@ -70,15 +79,17 @@ class Meters:
         self._due[counter, value] = self._due.get((counter, value), 0.0) + amount
 
     def tell(self) -> None:
-        """Hands Ray what is due and how things stand.
+        """Hands Ray, where there is one, what is due and how things stand.
 
         Ray passes it to the agent every ten seconds, and when it shuts down. A gauge that was not set again is gone
         after twenty more, so all are set each time; a counter stays for as long as the agent.
         """
+        if not ray.is_initialized():
+            return
         due, self._due = self._due, {}
         for (counter, value), amount in due.items():
             if amount > 0:
-                self._counters[counter].inc(amount, {counter.label: value} if counter.label else None)
+                self._ray(counter).inc(amount, {counter.label: value} if counter.label else None)
         state, done = self._state, self._state.shards_done - self._failed
         to_do = state.shards - state.shards_unchanged - state.shards_done
         for name, count in zip(metrics.SHARD_STATES, (state.shards_unchanged, done, self._failed, to_do), strict=True):
@@ -91,21 +102,13 @@ class Meters:
         self._set(metrics.STARTED, state.started)
         self._set(metrics.PROGRESS, self._progress_at)
         self._set(metrics.COMMIT, self._commit_at)
-        self._set(metrics.SUCCESS, self._success_at)
+        self._set(metrics.SUCCESS, self._success_at or None)
 
     def _device_busy(self) -> float:
         """Since it was last told."""
         before, self._forward_s = self._forward_s, {who: said["forward_s"] for who, said in self._said.items()}
         last, self._told_at = self._told_at, time.monotonic()
-        return device_busy(before, self._forward_s, self._told_at - last, self._gpus or 1.0)
-
-    def __enter__(self) -> "Meters":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """No worker is at work any more, and every count is final."""
-        self._said = {}
-        self.tell()
+        return device_busy(before, self._forward_s, self._told_at - last, self._share)
 
     def succeed(self, version: Version | None) -> None:
         """The run ended well, with this version; None where it makes none."""
@@ -113,13 +116,22 @@ class Meters:
         self.tell()
 
     def _set(self, gauge: Metric, value: float | None, **labels: str) -> None:
-        self._gauges[gauge].set(value, labels)
+        self._ray(gauge).set(value, labels)
+
+    def _ray(self, metric: Metric) -> Any:
+        """Ray's own of that name, made once Ray is there: its core drops what was made before."""
+        if metric not in self._rays:
+            kind = Counter if metric.kind == "counter" else Gauge
+            made = kind(metric.full_name, metric.help, metric.label_names)
+            self._rays[metric] = made.set_default_tags(self._labels)
+        return self._rays[metric]
 
 
 def device_busy(before: dict[str, float], after: dict[str, float], elapsed_s: float, share: float) -> float:
-    """0…1 of all devices in use, by what each worker had computed before and after, in seconds; each has a share of one.
+    """0…1 of all devices in use, by the seconds that each worker had computed before and after.
 
-    Workers that share a device each count its seconds while both wait for it, so it may be 1 too soon.
+    `share`: of a device, that each worker has. Those that share one each count its seconds while both wait for it, so it
+    may be 1 too soon.
     """
     taken = sum(max(0.0, seconds - before.get(who, 0.0)) for who, seconds in after.items())
     devices = math.ceil(round(len(after) * share, 6))

@@ -78,7 +78,7 @@ VERSION_SHARDS = Metric("version_shards", "gauge", "Shards of the current versio
 VERSION_ROWS = Metric("version_rows", "gauge", "Rows of the current version")
 VERSION_REJECTS = Metric("version_rejects", "gauge", "Rejects of the current version, by reason", "reason", REASONS)
 RUNS = Metric("runs", "gauge", "Runs that are under way")
-LAST_RUN = Metric("last_run", "gauge", "1 for how the newest run stands, 0 for all else", "state", STATES)
+LAST_RUN = Metric("last_run", "gauge", "One for how the newest run stands, zero for all else", "state", STATES)
 LAST_RUN_SEEN = Metric("last_run_timestamp_seconds", "gauge", "Unix time when the newest run was last heard of")
 
 OUTPUT = (VERSION, VERSION_SHARDS, VERSION_ROWS, VERSION_REJECTS, COMMIT, SUCCESS, RUNS, LAST_RUN, LAST_RUN_SEEN)

@@ -5,7 +5,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,7 +53,6 @@ class Run:
     sums: Sums = field(default_factory=Sums)
     failed: list[Receipt] = field(default_factory=list)
     means: Means = field(default_factory=lambda: Means(cores=1, threads=1))
-    meters: Meters | None = None  # once Ray is there
 
 
 @dataclass
@@ -89,17 +87,16 @@ def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
     run.root.clear_scratch(versions.OLD_SCRATCH_S)
     say(_describe(run))
     state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
-    note = Note(run.root, state)
+    note, meters = Note(run.root, state), Meters(state, run.root.url, run.before)
     files = FileList.of([])
     try:
-        with _terminated_as_interrupted(), ExitStack() as ray:
+        with _terminated_as_interrupted():
             if run.todo:
-                _embed_todo(run, state, ray, say)
+                _embed_todo(run, state, meters, say)
             files = _collect(run)
             _gate(config, files)
             version = _commit(run, files, say)
-            if run.meters:
-                run.meters.succeed(version)
+            meters.succeed(version)
     except Refused as e:
         ended = Result(REFUSED, str(e))
     except Stalled as e:
@@ -179,47 +176,43 @@ def _list(config: RunConfig, root: Root) -> list[Shard]:
     return list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
 
 
-def _embed_todo(run: Run, state: State, ray: ExitStack, say: Callable[[str], None]) -> None:
-    """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`.
-
-    Ray stays with the stack, so that a commit too can be told through it.
-    """
+def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], None]) -> None:
+    """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
-    ray.enter_context(actors.local_ray(run.config.feeders))
-    size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
-    feeders = -(-run.config.feeders // size[1])
-    run.means = Means(
-        cores=actors.cores(),
-        threads=threads,
-        gpus=gpus or (1 / size[1] if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
-        streams=feeders * STREAMS,
-    )
-    job = Job(
-        vectors=run.vectors,
-        labels=run.labels,
-        weights=str(staged),
-        adapt=replace(run.config.adapt, num_classes=run.vectors.classes or run.config.adapt.num_classes),
-        output=run.root.url,
-        device=run.device,
-        batch_size=run.config.batch_size,
-        decode_threads=threads,
-        # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
-        torch_threads=1 if run.device == "cuda" else threads,
-        gpu_share=min(1.0, gpus or 1 / size[1]),
-        feeders=feeders,
-    )
-    run.meters = meters = Meters(state, run.root.url, run.before, run.means.gpus)
-    with meters, Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
-        for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say, meters.see):
-            run.sums.add(receipt)
-            meters.add(receipt)
-            if receipt.files:
-                run.journal.add(receipt.files)
-            if receipt.error:
-                run.failed.append(receipt)
-                say(f"shard {receipt.shard} failed: {receipt.error}")
-            _check_failures(run)
+    with actors.local_ray(run.config.feeders):
+        size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
+        feeders = -(-run.config.feeders // size[1])
+        run.means = Means(
+            cores=actors.cores(),
+            threads=threads,
+            gpus=gpus or (1 / size[1] if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
+            streams=feeders * STREAMS,
+        )
+        job = Job(
+            vectors=run.vectors,
+            labels=run.labels,
+            weights=str(staged),
+            adapt=replace(run.config.adapt, num_classes=run.vectors.classes or run.config.adapt.num_classes),
+            output=run.root.url,
+            device=run.device,
+            batch_size=run.config.batch_size,
+            decode_threads=threads,
+            # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
+            torch_threads=1 if run.device == "cuda" else threads,
+            gpu_share=min(1.0, gpus or 1 / size[1]),
+            feeders=feeders,
+        )
+        with meters.at(run.means.gpus), Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
+            for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say, meters.see):
+                run.sums.add(receipt)
+                meters.add(receipt)
+                if receipt.files:
+                    run.journal.add(receipt.files)
+                if receipt.error:
+                    run.failed.append(receipt)
+                    say(f"shard {receipt.shard} failed: {receipt.error}")
+                _check_failures(run)
     _check_failures(run, finished=True)
 
 
