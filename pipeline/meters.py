@@ -130,8 +130,8 @@ class Meters:
 def device_busy(before: dict[str, float], after: dict[str, float], elapsed_s: float, share: float) -> float:
     """0…1 of all devices in use, by the seconds that each worker had computed before and after.
 
-    `share`: of a device, that each worker has. Those that share one each count its seconds while both wait for it, so it
-    may be 1 too soon.
+    `share`: of a device, that each worker has. Those that share one each count its seconds while both wait for it, so
+    that it is 1 too soon.
     """
     taken = sum(max(0.0, seconds - before.get(who, 0.0)) for who, seconds in after.items())
     devices = math.ceil(round(len(after) * share, 6))
