@@ -66,7 +66,11 @@ def test_names_follow_the_conventions() -> None:
 @pytest.mark.parametrize("where", ["dashboard", "alerts"])
 def test_expressions_name_only_what_is_exported(where: str) -> None:
     """`ray_` goes before what a run exports, and before nothing else; labels that select have values that there are."""
-    found = dashboard_expressions().values() if where == "dashboard" else [rule["expr"] for rule in rules()]
+    asked_by_variables = [v["definition"] for v in DASHBOARD["templating"]["list"] if v["type"] == "query"]
+    found = {
+        "dashboard": [*dashboard_expressions().values(), *asked_by_variables],
+        "alerts": [rule["expr"] for rule in rules()],
+    }[where]
     ours = {m.full_name: m for m in metrics.OUTPUT} | {f"ray_{m.full_name}": m for m in metrics.RUN}
     for expression in found:
         used = re.findall(r"((?:ray_)?shard2vec_\w+)(\{[^}]*\})?", expression)
