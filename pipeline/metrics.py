@@ -112,9 +112,10 @@ def of_output(root: Root) -> list[Sample]:
         samples += [Sample(SUCCESS, at, max(well, default=made or 0.0))]
     samples += [Sample(RUNS, at, sum(map(is_alive, runs)))]
     if runs:
-        of_run = at | {"set": runs[-1].set}
-        samples += [Sample(LAST_RUN, of_run | {"state": s}, outcome(runs[-1]) == s) for s in STATES]
-        samples += [Sample(LAST_RUN_SEEN, of_run, runs[-1].updated)]
+        newest = max(runs, key=lambda run: run.started)
+        of_run = at | {"set": newest.set}
+        samples += [Sample(LAST_RUN, of_run | {"state": s}, outcome(newest) == s) for s in STATES]
+        samples += [Sample(LAST_RUN_SEEN, of_run, newest.updated)]
     return samples
 
 

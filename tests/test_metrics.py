@@ -153,7 +153,7 @@ def test_an_output_tells_its_version_and_how_runs_ended(tmp_path: Path, monkeypa
     assert value(root, metrics.VERSION_REJECTS, reason="empty") == 0
     assert value(root, metrics.COMMIT, set="vit@1") == metrics.unix_time(version) == value(root, metrics.SUCCESS)
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 300)
-    Note(root, State(set="vit@1", shards=1)).close("committed")
+    Note(root, State(set="vit@1", shards=1, started=time.time())).close("committed")
     assert value(root, metrics.SUCCESS) == read_notes(root)[-1].updated > (value(root, metrics.COMMIT) or 0) + 200
     assert value(root, metrics.LAST_RUN, state="committed") == 1 and value(root, metrics.LAST_RUN, state="died") == 0
 
