@@ -18,12 +18,11 @@ from prometheus_server import IS_THERE, WHY_NOT, Prometheus, promtool
 from test_jobs import call
 
 from pipeline import metrics, versions
-from pipeline.embed import STAGES
+from pipeline.embed import STAGES, Receipt
 from pipeline.listing import list_shards
 from pipeline.metrics import Metric, of_output, text
 from pipeline.output import Root
 from pipeline.progress import Note, State, read_notes
-from pipeline.speed import Sums
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yaml"
@@ -207,7 +206,7 @@ class Watched(NamedTuple):
     server: Prometheus
     output: str
     told: dict[str, Any]  # the object of --json
-    sums: Sums  # of the run's receipts
+    receipts: list[Receipt]
     at: float  # a moment when Prometheus had all of it
 
     def value(self, metric: Metric, **labels: str) -> float | None:
@@ -225,14 +224,20 @@ def watched(shards: Path, ray_session: None, tmp_path_factory: pytest.TempPathFa
 
     from pipeline import run
 
-    folder, summed = tmp_path_factory.mktemp("watched"), list[Sums]()
+    folder, receipts, watch = tmp_path_factory.mktemp("watched"), list[Receipt](), run.watch
+
+    def kept(*asked: Any) -> Iterator[Receipt]:
+        for receipt in watch(*asked):
+            receipts.append(receipt)
+            yield receipt
+
     gcs = ray.get_runtime_context().gcs_address
     # The dashboard, which this Ray lacks, writes the file with this.
     PrometheusServiceDiscoveryWriter(gcs, str(folder)).write()
     (discovery,) = folder.glob("*.json")
     with prometheus_server.prometheus(folder, {"file_sd_configs": [{"files": [str(discovery)]}]}, ALERTS) as server:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "Sums", lambda kept=run.Sums: summed.append(kept()) or summed[-1])
+            patch.setattr(run, "watch", kept)
             result = run.embed(replace(config(shards, folder / "out")), lambda line: None)
         assert result.exit_code == run.COMMITTED
         output = result.json["output"]
@@ -243,23 +248,25 @@ def watched(shards: Path, ray_session: None, tmp_path_factory: pytest.TempPathFa
                 break
             time.sleep(0.1)
         assert found, server.get("targets")
-        yield Watched(server, output, result.json, summed[0], found[0]["values"][-1][0])
+        yield Watched(server, output, result.json, receipts, found[0]["values"][-1][0])
 
 
 @needs_prometheus
 def test_counters_are_what_the_receipts_say(watched: Watched) -> None:
     """Rows, rejects by reason, bytes, batches and seconds, exactly; every reason and stage has its series from 0."""
-    told, sums = watched.told, watched.sums
-    assert watched.value(metrics.IMAGES) == told["rows"] == 21
+    receipts = watched.receipts
+    assert watched.value(metrics.IMAGES) == sum(r.files.counts.rows for r in receipts if r.files) == 21
     for reason in metrics.REJECTS.values:
-        assert watched.value(metrics.REJECTS, reason=reason) == pytest.approx(oracle.REJECTS.get(reason, 0), abs=1e-300)
-    assert watched.value(metrics.READ) == sums.bytes_read == told["bytes_read"] > 0
-    assert watched.value(metrics.WRITTEN) == sum(
-        f.stat().st_size for f in Path(watched.output).rglob("sets/**/*.parquet")
-    )
+        counted = sum(r.files.counts.rejects.get(reason, 0) for r in receipts if r.files)
+        assert watched.value(metrics.REJECTS, reason=reason) == pytest.approx(counted, rel=0, abs=1e-300)
+        assert counted == watched.told["rejects"].get(reason, 0) == oracle.REJECTS.get(reason, 0)
+    assert watched.value(metrics.READ) == sum(r.bytes_read for r in receipts) == watched.told["bytes_read"] > 0
+    written = (Path(watched.output) / "sets").rglob("*.parquet")
+    assert watched.value(metrics.WRITTEN) == sum(file.stat().st_size for file in written)
     assert watched.value(metrics.BATCHES) == 3 + 2 + 1  # of four images at most, of 11, 6 and 4 in three shards
     for stage in STAGES:
-        assert watched.value(metrics.STAGE_SECONDS, stage=stage) == pytest.approx(sums.stage_seconds[stage])
+        seconds = sum(r.seconds[stage] for r in receipts)
+        assert watched.value(metrics.STAGE_SECONDS, stage=stage) == pytest.approx(seconds)
 
 
 @needs_prometheus
