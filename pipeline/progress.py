@@ -22,6 +22,7 @@ from pipeline.output import Root
 LINE_EVERY_S = 10.0  # without a terminal
 NOTE_EVERY_S = 10.0
 ALIVE_S = 120.0  # a run whose note is older than this is taken for dead
+STATES = ("running", "committed", "failed", "refused", "stalled", "interrupted", "died")  # as `outcome` gives them
 
 
 @dataclass
@@ -163,10 +164,14 @@ class Note:
         self._write()
 
 
-def read_notes(root: Root) -> list[State]:
-    """The runs that left a note, oldest first; one that cannot be read tells nothing and is passed over."""
+def read_notes(root: Root, newest: int = 0) -> list[State]:
+    """The runs that left a note, oldest first; one that cannot be read tells nothing and is passed over.
+
+    `newest`: so many of them at most; 0: all.
+    """
     notes = []
-    for name in sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json")):
+    names = sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json"))
+    for name in names[-newest:]:
         with suppress(ValueError, TypeError, FileNotFoundError):
             notes.append(State(**json.loads(root.read(name))))
     return notes
@@ -174,3 +179,8 @@ def read_notes(root: Root) -> list[State]:
 
 def is_alive(state: State) -> bool:
     return state.state == "running" and time.time() - state.updated < ALIVE_S
+
+
+def outcome(state: State) -> str:
+    """How the run stands: one of `STATES`."""
+    return "died" if state.state == "running" and not is_alive(state) else state.state

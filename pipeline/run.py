@@ -17,6 +17,7 @@ from pipeline.journal import Journal
 from pipeline.layout import lay_out, threads_alone
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.lists import FileList
+from pipeline.meters import Meters
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
 from pipeline.sets import check_device, vector_set
@@ -40,7 +41,7 @@ class Run:
     config: RunConfig
     root: Root
     shards: list[Shard]
-    before: int  # the version that was current when the shards were listed; 0 where there was none
+    before: versions.Version | None  # that was current when the shards were listed
     vectors: VectorSet
     engine_fallback: str  # why the engine is not the one asked for; "" where it is
     labels: tuple[str, ...]
@@ -91,15 +92,16 @@ def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
     run.root.clear_scratch(versions.OLD_SCRATCH_S)
     say(_describe(run))
     state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
-    note = Note(run.root, state)
+    note, meters = Note(run.root, state), Meters(state, run.root.url, run.before)
     files = FileList.of([])
     try:
         with _terminated_as_interrupted():
             if run.todo:
-                _embed_todo(run, state, say)
+                _embed_todo(run, state, meters, say)
             files = _collect(run)
             _gate(config, files)
             version = _commit(run, files, say)
+            meters.succeed(version)
     except Refused as e:
         ended = Result(REFUSED, str(e))
     except Stalled as e:
@@ -149,7 +151,7 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
         config=config,
         root=root,
         shards=shards,
-        before=before.version if before else 0,
+        before=before,
         vectors=vectors,
         engine_fallback=fallback,
         labels=labels,
@@ -178,7 +180,7 @@ def _list(config: RunConfig, root: Root) -> list[Shard]:
     return list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
 
 
-def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
+def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], None]) -> None:
     """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
@@ -209,9 +211,10 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
         content = site.share(staged) if cluster.is_shared() else None
         if layout.feeders and run.config.feeders is None:
             say(f"feeders: {layout.feeders * most}, for nodes without a GPU have most of the CPUs; --feeders 0: none")
-        with Display(state) as display, actors.Pool(job, run.todo, layout, content) as pool:
-            for receipt in watch(pool, layout.actors, state, display, run.config.stall_timeout_s, say):
+        with meters.at(run.means.gpus), Display(state) as display, actors.Pool(job, run.todo, layout, content) as pool:
+            for receipt in watch(pool, layout.actors, state, display, run.config.stall_timeout_s, say, meters.see):
                 run.sums.add(receipt)
+                meters.add(receipt)
                 if receipt.files:
                     run.journal.add(receipt.files)
                 if receipt.error:
@@ -260,7 +263,7 @@ def _commit(run: Run, files: FileList, say: Callable[[str], None]) -> versions.V
     """The version; None where metrics alone would take the place of vectors that readers use."""
 
     def stays(before: versions.Version) -> bool:
-        if before.version != run.before and (how := _has_changed(run)):
+        if before != run.before and (how := _has_changed(run)):
             raise Failed(f"{how}, and version {before.version} was committed meanwhile")
         return run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before)
 
