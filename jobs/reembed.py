@@ -58,9 +58,10 @@ def reembed(
             )
             result = run(config, terms, exits.say)
         except (UsageError, StorageError, OSError, KeyboardInterrupt) as e:
-            code, word = exits.ending(e)
+            code, why = exits.ending(e)
+            word = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
             if not asked.json:
-                print(_line(word, code, {"output": asked.output}, str(e)), flush=True)
+                print(_line(word, code, {"output": asked.output}, why), flush=True)
             raise
         exits.say(f"shard2vec: {result.message}")
         if asked.json:

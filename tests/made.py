@@ -24,7 +24,7 @@ def vector_set(
     names: tuple[str, ...] | None = None,
     **changes: object,
 ) -> VectorSet:
-    facts = facts_of(oracle.module(model), model, outputs, indices, names)
+    facts = facts_of(oracle.shared(model), model, outputs, indices, names)
     fields: dict[str, object] = {
         "model": model,
         "architecture": model,
