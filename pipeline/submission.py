@@ -177,7 +177,8 @@ class Cluster:
                 raise OSError(f"{self.address} has forgotten job {id}: the same command submits it again") from e
             except OSError as e:
                 if time.monotonic() - heard > LOST_S:
-                    raise OSError(f"no answer for {LOST_S:.0f} s: {said(e)}; job {id} may go on") from e
+                    silent = f"no answer from {self.address} for {LOST_S:.0f} s"
+                    raise OSError(f"{silent}, and job {id} may go on: {said(e)}") from e
             else:
                 heard = time.monotonic()
                 if job.is_over:

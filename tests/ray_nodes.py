@@ -57,10 +57,14 @@ class Nodes:
         """Until so many nodes are alive."""
 
         def alive() -> bool:
-            found = requests.get(f"{self.address}/nodes?view=summary", headers=self._headers, timeout=5).json()
+            found = self.get("/nodes?view=summary").json()
             return sum(n["raylet"]["state"] == "ALIVE" for n in found["data"]["summary"]) >= count
 
         self._wait(f"{count} nodes", alive)
+
+    def get(self, path: str) -> requests.Response:
+        """What the dashboard answers."""
+        return requests.get(f"{self.address}{path}", headers=self._headers, timeout=20)
 
     def kill(self, number: int) -> None:
         """SIGKILL to all processes of a node, as when a machine goes."""

@@ -93,8 +93,8 @@ def test_a_token_is_asked_for_and_none_is_made(nodes: Nodes, tmp_path: Path) -> 
 
 
 def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> None:
-    """Two ask at once: one job, followed by both, stopped by a third. The same command makes attempt 2, which keeps what
-    is done, loses a node with all that runs there, commits, and ends with 0: `verify` finds every id once."""
+    """Two ask at once: one job, followed by both, stopped by a third. The same command makes attempt 2, which keeps
+    what is done, loses a node with all that runs there, commits and ends with 0: `verify` finds every id once."""
     nodes.wait_for(2)
     both = [start(nodes, *asked(job, "--actors", 2)) for _ in range(2)]
     wait("the first shard", lambda: shards_done(job) or all(run.poll() is not None for run in both))
@@ -125,15 +125,35 @@ def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> No
     assert score.is_clean, score
 
 
-def test_the_jobs_own_exit_code_comes_back(nodes: Nodes, job: Job) -> None:
-    """2 for what only the cluster can find wrong, 3 for a gate, with the sentence; and the log tells it still."""
+def test_the_jobs_own_exit_code_comes_back(nodes: Nodes, job: Job, tmp_path: Path) -> None:
+    """2 for what only the cluster can find wrong, 3 for a gate, with the sentence; and the log tells it still. A job
+    that nothing can start ends in time, with 1."""
     wrong = start(nodes, "--json", "describe", "pit_b_242")
-    refused = start(nodes, *asked(job, "--max-reject-rate", 0))
+    waiting = start(nodes, "--resource", "moon=1", "--start-timeout", 5, "describe", "pit_b_224")
+    flags = {
+        "input": job.input,
+        "output": job.output,
+        "model": "pit_ti_224",
+        "weights": "random:0",
+        "precision": "fp32",
+    }
+    (tmp_path / "job.yaml").write_text("".join(f"{k}: {v}\n" for k, v in flags.items()) + "max-reject-rate: 0\n")
+    gated = ("embed", "--config", tmp_path / "job.yaml")
+    code, id, err = call(nodes, "--no-wait", "--env", "GREETING", *gated, GREETING="good day")
+    assert code == 0 and id.startswith("embed-") and id.endswith("-1\n") and "GREETING" not in err
+    code, out, err = call(nodes, "--json", *gated)
+    assert code == 3 and json.loads(out.splitlines()[-1])["version"] is None, err
+    assert "no version was committed" in err and f"job {id.strip()} is this run, and under way" in err
+
     out, err = wrong.communicate(timeout=WAIT_S)
     assert wrong.returncode == 2 and "pit_b_224" in json.loads(out)["error"], err
-    out, err = refused.communicate(timeout=WAIT_S)
-    assert refused.returncode == 3, err
-    assert json.loads(out.splitlines()[-1])["version"] is None and "no version was committed" in err
-    [failed] = [j for j in json.loads(call(nodes, "--list", "--json")[1])["jobs"] if j["verb"] == "describe"]
-    assert (failed["status"], failed["exit_code"]) == ("FAILED", 2)
-    assert "pit_b_224" in call(nodes, "--logs", failed["id"])[1]
+    _, err = waiting.communicate(timeout=WAIT_S)
+    assert waiting.returncode == 1 and "has not started within 5 s" in err, err
+    jobs = {j["id"]: j for j in json.loads(call(nodes, "--list", "--json")[1])["jobs"]}
+    assert (jobs[id.strip()]["status"], jobs[id.strip()]["exit_code"]) == ("FAILED", 3)
+    [failed] = [j for j in jobs.values() if j["verb"] == "describe" and j["exit_code"]]
+    assert failed["exit_code"] == 2 and "pit_b_224" in call(nodes, "--logs", failed["id"])[1]
+
+    shown = nodes.get("/api/jobs/").text  # to everybody who may look
+    assert '"GREETING": "good day"' in shown and id.strip() in shown
+    assert str(job.input) not in shown and "max-reject-rate" not in shown
