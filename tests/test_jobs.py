@@ -78,8 +78,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_told_before_any_work(case: str, shards: Path, tmp_path: Path) -> None:
-    """Exit 2, one sentence, no traceback, nothing written."""
+def test_what_is_wrong_is_told_before_any_work(case: str, shards: Path, tmp_path: Path, ray_session: None) -> None:
+    """Exit 2, one sentence, no traceback, nothing written. (Beside a Ray, else each case would begin to start one.)"""
     (tmp_path / "file").write_text("")
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.docx").write_text("")
