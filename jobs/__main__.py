@@ -9,7 +9,22 @@ from contextlib import suppress
 import stamina
 import typer
 
-from jobs import bench, demo, describe, embed, exits, files, gc, job_file, status, submit, verify
+from jobs import (
+    bench,
+    compare,
+    demo,
+    describe,
+    embed,
+    exits,
+    files,
+    gc,
+    job_file,
+    reembed,
+    rollback,
+    status,
+    submit,
+    verify,
+)
 from pipeline.errors import UsageError
 
 app = typer.Typer(
@@ -20,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, embed, status, files, verify, describe, submit, bench, gc):
+for verb in (demo, embed, reembed, status, files, verify, describe, submit, bench, compare, rollback, gc):
     name = verb.__name__.rpartition(".")[2]
     app.command(name, context_settings=getattr(verb, "SETTINGS", None))(getattr(verb, name))
 

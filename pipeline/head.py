@@ -129,8 +129,11 @@ def _main() -> None:
 
     import ray
 
+    from pipeline.machine import cores
+
     context = ray.init(
         address="local",
+        num_cpus=cores(),  # Ray alone does not see that it may run on some of them only
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
