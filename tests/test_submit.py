@@ -98,6 +98,7 @@ def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> No
     nodes.wait_for(2)
     both = [start(nodes, *asked(job, "--actors", 2)) for _ in range(2)]
     wait("the first shard", lambda: shards_done(job) or all(run.poll() is not None for run in both))
+    assert shards_done(job), [run.communicate() for run in both]
     [known] = json.loads(call(nodes, "--list", "--json")[1])["jobs"]
     id = known["id"]
     assert known["status"] == "RUNNING" and known["attempt"] == 1 and id == f"embed-{known['run']}-1"
