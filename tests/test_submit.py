@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKEN = "5ec4e7" * 8
 WAIT_S = 240.0
-Run = "subprocess.Popen[str]"
+RUNS: "list[subprocess.Popen[str]]" = []
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,27 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(tmp_path_factory.mktemp("job"), shards=10, images=24)
 
 
+@pytest.fixture(autouse=True)
+def nobody_left() -> Iterator[None]:
+    """What a test that failed has left is ended, and shows what it said."""
+    yield
+    while RUNS:
+        run = RUNS.pop()
+        if run.poll() is None:
+            run.kill()
+            print(*run.communicate())
+
+
 def start(nodes: Nodes, *asked: object, **env: str) -> "subprocess.Popen[str]":
     """The real command, as another machine would give it: with the token in its environment and nothing else."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return subprocess.Popen(
+    run = subprocess.Popen(
         [sys.executable, "-m", "jobs", "submit", "--address", nodes.address, *map(str, asked)],
         env=ours | {"RAY_AUTH_TOKEN": TOKEN} | env, cwd=REPOSITORY, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    RUNS.append(run)
+    return run
 
 
 def call(nodes: Nodes, *asked: object, **env: str) -> tuple[int, str, str]:
