@@ -165,3 +165,11 @@ def find(index: Any, queries: np.ndarray, k: int, probes: int) -> tuple[np.ndarr
     parameters = lib.SearchParametersIVF(nprobe=min(probes, index.nlist))
     scores, numbers = index.search(np.ascontiguousarray(queries, np.float32), k, params=parameters)
     return scores, numbers
+
+
+def only_list(index: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Of a flat index: numbers, int64 (n,), and vectors, float32 (n, D), both as they are mapped; for its lifetime."""
+    lib, count = faiss(), index.ntotal
+    numbers = lib.rev_swig_ptr(index.invlists.get_ids(0), count)
+    codes = lib.rev_swig_ptr(index.invlists.get_codes(0), count * index.code_size)
+    return numbers, codes.view(np.float32).reshape(count, index.d)

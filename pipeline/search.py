@@ -78,7 +78,8 @@ def search(
     numbers = numbers[(numbers >= 0) & (numbers != own)]
     scores = vectors.fetch(numbers) @ unit[0]
     best = np.lexsort((numbers, -scores))[:top]
-    how = f"{index.kind} index of version {version.version}, {index.vectors:,} vectors, recall@10 {index.recall_at_10:.3f}"
+    told = f"{index.vectors:,} vectors, recall@10 {index.recall_at_10:.3f}"
+    how = f"{index.kind} index of version {version.version}, {told}"
     return Answer(hits_of(vectors, numbers[best], scores[best]), how, index.recall_at_10)
 
 

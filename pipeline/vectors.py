@@ -228,4 +228,4 @@ def to_unit(vectors: np.ndarray) -> np.ndarray:
 def _by_file(numbers: np.ndarray) -> list[slice]:
     """Of ascending numbers: one slice a file."""
     starts = np.flatnonzero(np.diff(numbers >> ROW_BITS, prepend=-1))
-    return [slice(int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(numbers)], strict=True)]
+    return [slice(int(a), int(b)) for a, b in zip(starts, np.append(starts[1:], len(numbers)), strict=False)]
