@@ -9,7 +9,21 @@ from contextlib import suppress
 import stamina
 import typer
 
-from jobs import bench, demo, describe, embed, exits, files, gc, job_file, status, verify
+from jobs import (
+    bench,
+    demo,
+    describe,
+    embed,
+    exits,
+    files,
+    gc,
+    index,
+    job_file,
+    near_duplicates,
+    search,
+    status,
+    verify,
+)
 from pipeline.errors import UsageError
 
 app = typer.Typer(
@@ -20,8 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, embed, status, files, verify, describe, bench, gc):
-    app.command(verb.__name__.rpartition(".")[2])(getattr(verb, verb.__name__.rpartition(".")[2]))
+for verb in (demo, embed, status, files, verify, describe, index, search, near_duplicates, bench, gc):
+    name = verb.__name__.rpartition(".")[2]
+    app.command(name.replace("_", "-"))(getattr(verb, name))
 
 
 def main() -> None:

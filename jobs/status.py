@@ -30,7 +30,7 @@ def status(
 
 
 def _look(output: str) -> dict[str, Any]:
-    from pipeline import progress, versions
+    from pipeline import progress, stored_index, versions
 
     root = versions.existing_output(output)
     current = versions.read_version(root)
@@ -42,6 +42,7 @@ def _look(output: str) -> dict[str, Any]:
     runs = progress.read_notes(root)
     alive = [r for r in runs if progress.is_alive(r)]
     last = runs[-1] if runs else None
+    index = stored_index.index_of(root, current) if current else None
     return {
         "output": root.url,
         "version": current.version if current else None,
@@ -50,6 +51,9 @@ def _look(output: str) -> dict[str, Any]:
         "sets": {
             name: {"shards_done": n, "current": bool(current and current.set == name)} for name, n in done.items()
         },
+        "index": {name: getattr(index, name) for name in ("kind", "vectors", "bytes", "recall_at_10", "created")}
+        if index
+        else None,
         "running": [asdict(r) for r in alive],
         "last_run": asdict(last) | {"state": _state(last, alive)} if last else None,
     }
@@ -69,6 +73,10 @@ def _show(found: dict[str, Any]) -> None:
             f"  {current['shards']:,} shards, {current['samples']:,} samples: {current['rows']:,} rows, "
             f"{rejects:,} rejects{f' ({reasons})' if reasons else ''}"
         )
+        if index := found["index"]:
+            print(f"  {index['kind']} index: {index['vectors']:,} vectors, recall@10 {index['recall_at_10']:.4f}")
+        else:
+            print("  no index")
     else:
         print(f"{found['output']}: no version is committed yet")
     for name, one in found["sets"].items():

@@ -49,5 +49,5 @@ class Nearest:
         begin, end = np.searchsorted(self._sorted, [block.first, block.first + len(block.unit)])
         places = self._order[begin:end]
         if len(places):
-            queries = places // self.wanted.shape[1]
+            queries = places // self.wanted[0].size
             self.wanted.reshape(-1)[places] = scores[queries, self._sorted[begin:end] - block.first]

@@ -5,7 +5,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -121,8 +120,8 @@ def ordered(call: Callable[[S], T], items: Iterable[S], at_once: int) -> Iterato
 def ahead(items: Iterable[T]) -> Iterator[T]:
     """The same items; one or two more are made meanwhile, in a thread."""
     iterator, end = iter(items), object()
-    with closing(ordered(lambda _: next(iterator, end), repeat(None), 1)) as made:
-        for item in made:
-            if item is end:
-                return
-            yield item  # type: ignore[misc]
+    made = ordered(lambda _: next(iterator, end), repeat(None), 1)
+    for item in made:
+        if item is end:
+            return
+        yield item  # type: ignore[misc]

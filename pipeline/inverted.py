@@ -131,7 +131,7 @@ def _joined(held: Sequence[tuple[np.ndarray, Codes]]) -> tuple[np.ndarray, Codes
 
 
 def _write(handle: int, values: np.ndarray, at: int) -> None:
-    view = memoryview(np.ascontiguousarray(values)).cast("B")
+    view = np.ascontiguousarray(values).data.cast("B")
     while view:
         done = os.pwrite(handle, view, at)
         view, at = view[done:], at + done

@@ -31,7 +31,9 @@ def described(root: Root, version: Version) -> VectorSet:
         told.pop("set")
         if hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12] != version.set[-12:]:
             raise StorageError(f"{name} does not describe the set {version.set}")
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in told.pop("preprocessing").items()}
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in told.pop("preprocessing").items()
+        }
         told |= {"preprocessing": Preprocessing(**known), "tensors": (), "outputs": ("embedding",), "top_k": 0}
         return VectorSet(**told)
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as e:

@@ -136,6 +136,12 @@ def vector_of(root: Root, version: Version, wanted: str) -> np.ndarray:
     return vectors.fetch(np.array([vectors.number_of(wanted)]))[0]
 
 
+def own_hit(root: Root, version: Version, wanted: str) -> Hit:
+    """What is told of an id itself."""
+    vectors = Vectors(root, version)
+    return hits_of(vectors, np.array([vectors.number_of(wanted)]), np.ones(1))[0]
+
+
 def read_vector(url: str) -> np.ndarray:
     """One vector, float64 (D,), out of a .npy file of floats, (D,) or (1, D). Raises `UsageError`."""
     try:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from pipeline import inverted
 from pipeline.cache import cache_folder, clear_old
 from pipeline.errors import StorageError
+from pipeline.lists import FileList
 from pipeline.output import Root
 from pipeline.retries import is_local
 from pipeline.storage import digest
@@ -77,6 +79,30 @@ def data_name(training: str, files: str) -> str:
 def _digest_of(files: str) -> str:
     """Of a list of files, `versions/files-<digest>.parquet`."""
     return files.rpartition("-")[2].removesuffix(".parquet")
+
+
+def index_names(
+    version: Version, files: FileList, indexes: Mapping[str, StoredIndex], there: Iterable[str]
+) -> Iterator[str]:
+    """What below `index/` belongs to a version: its indexes, all that they are made of, and what may become one.
+
+    Where it has none yet, it is the newest one of its set, for its training, and the parts made with it.
+    """
+    of_set = {name: i for name, i in indexes.items() if i.set == version.set}
+    own = {name: i for name, i in of_set.items() if i.files == version.files} or dict(list(of_set.items())[-1:])
+    unfinished = {
+        "/".join(parts[:3])
+        for name in there
+        if len(parts := name.split("/")) > 3 and parts[:2] == [FOLDER, version.set]
+        if f"-{_digest_of(version.files)}-" in parts[2]
+    }
+    keys = list(zip(files.column("shard").to_pylist(), files.column("etag").to_pylist(), strict=True))
+    yield from own
+    for training in {i.training for i in own.values()} | unfinished:
+        yield f"{training}/training.faiss"
+        yield data_name(training, version.files)
+        for shard, etag in keys:
+            yield part_name(training, shard, etag)
 
 
 def store(root: Root, index: StoredIndex) -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 
 from PIL import Image, ImageOps
 
@@ -48,14 +49,20 @@ def _of_shard(shard: Shard, ids: Collection[str], size: int) -> dict[str, Image.
     return found
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _small(sample: Sample, size: int) -> Image.Image | None:
     try:
         content = fetch(sample) if sample.url is not None else sample.image
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
+        opened = Image.open(io.BytesIO(content), formats=_formats())
+        if opened.width * opened.height > MAX_PIXELS:
             return None
-        image.draft("RGB", (size, size))
-        image = ImageOps.exif_transpose(to_mode(image, "RGB"))
+        opened.draft("RGB", (size, size))
+        image = to_mode(ImageOps.exif_transpose(opened), "RGB")
         image.thumbnail((size, size), Image.Resampling.LANCZOS)
         return image
     except (Reject, StorageError, Image.DecompressionBombError, *CONVERT_ERRORS):
