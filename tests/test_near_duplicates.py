@@ -60,7 +60,7 @@ def test_every_planted_duplicate_is_found_and_no_other(output: tuple[Root, Versi
     assert ids(found) == groups and found.how == "every pair was compared"
     for name in [n for n in root.list("index") if n.endswith(".json")]:
         root.delete(name)
-    index.build(root, version, kind="ivf", least=0.9, say=quiet)
+    index.build(root, version, kind="ivf", least=0.3, say=quiet)
     found = find(root, version, above=0.97)
     assert ids(found) == groups and "ivf index" in found.how and found.cut == 0
     assert [len(group) for group in found.groups[:3]] == [5, 3, 2]
@@ -73,7 +73,7 @@ def test_few_pairs_at_once_give_the_same_groups(
 ) -> None:
     """However little memory pairs may take, nothing is lost between two weighings."""
     root, version, groups = output
-    index.build(root, version, kind="ivf", least=0.9, say=quiet)
+    index.build(root, version, kind="ivf", least=0.3, say=quiet)
     monkeypatch.setattr(near_duplicates, "PAIR_BYTES", 8 * DIM * 20)
     monkeypatch.setattr(near_duplicates, "QUERIES_AT_ONCE", 97)
     assert ids(find(root, version, above=0.97)) == groups
@@ -91,7 +91,7 @@ def test_a_hundred_equal_images_are_one_group(tmp_path: Path) -> None:
     unit = rows[149:152] / np.linalg.norm(rows[149:152], axis=1, keepdims=True)
     above = float(min(unit[0] @ unit[1], unit[1] @ unit[2])) - 1e-4
     assert unit[0] @ unit[2] < above
-    index.build(root, version, kind="ivf", least=0.8, say=quiet)
+    index.build(root, version, kind="ivf", least=0.3, say=quiet)
     found = find(root, version, above=above)
     assert ids(found) == {tuple(f"a/{n}" for n in range(100)), ("a/149", "a/150", "a/151")}
     assert found.cut == 0
