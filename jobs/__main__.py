@@ -11,6 +11,7 @@ import typer
 
 from jobs import (
     bench,
+    compare,
     demo,
     describe,
     embed,
@@ -20,8 +21,11 @@ from jobs import (
     index,
     job_file,
     near_duplicates,
+    reembed,
+    rollback,
     search,
     status,
+    submit,
     verify,
 )
 from pipeline.errors import UsageError
@@ -34,9 +38,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, embed, status, files, verify, describe, index, search, near_duplicates, bench, gc):
+VERBS = (
+    *(demo, embed, reembed, status, files, verify, describe, index, search, near_duplicates, compare),
+    *(submit, bench, rollback, gc),
+)
+for verb in VERBS:
     name = verb.__name__.rpartition(".")[2]
-    app.command(name.replace("_", "-"))(getattr(verb, name))
+    settings = getattr(verb, "SETTINGS", None)
+    app.command(name.replace("_", "-"), context_settings=settings)(getattr(verb, name))
 
 
 def main() -> None:

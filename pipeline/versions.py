@@ -8,7 +8,7 @@ versions, never listings.
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from pipeline.config import VectorSet
 from pipeline.errors import StorageError, UsageError
 from pipeline.flow import ordered
 from pipeline.listing import Shard
@@ -29,6 +30,7 @@ from pipeline.tensor_rows import PREFIX
 OURS = {"sets", "versions", "reports", "index", ".tmp"}  # what may lie in an output root
 FOOTERS_AT_ONCE = 32
 OLD_SCRATCH_S = 7 * 86400  # local files of killed writers; a slow model may be at one shard for hours
+OF_ONE_SHARD = (f"{PREFIX}shard".encode(), f"{PREFIX}input_etag".encode())  # keys of a file's metadata
 COMMIT_TRIES = 20  # each lost race means that another driver committed
 
 
@@ -45,6 +47,7 @@ class Version:
     rejects: dict[str, int]
     created: str
     removed: list[str] = field(default_factory=list)  # shards of the version before that are gone from the input
+    rolled_back: dict[str, Any] = field(default_factory=dict)  # to which version and from what: `rollback.roll_back`
 
 
 def file_name(folder: str, kind: str, shard: str, etag: str) -> str:
@@ -170,13 +173,21 @@ def create_set(root: Root, folder: str, description: dict[str, Any]) -> None:
         raise UsageError(f"output {root.url} cannot be written: {e}") from e
 
 
+def described(root: Root, set_name: str) -> dict[str, Any]:
+    """What set.json says: the fields of `config.VectorSet`. Raises `StorageError` where it is damaged or gone."""
+    name = f"sets/{set_name}/set.json"
+    try:
+        found = json.loads(root.read(name))
+        if missing := {f.name for f in fields(VectorSet)} - found.keys():
+            raise KeyError(f"it lacks {', '.join(sorted(missing))}")
+        return dict(found)
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as e:
+        raise StorageError(f"{name} is damaged or gone: {e}") from e
+
+
 def outputs_of(root: Root, version: Version) -> list[str]:
     """What the version's set holds: embedding, classes, tokens …"""
-    name = f"sets/{version.set}/set.json"
-    try:
-        return list(json.loads(root.read(name))["outputs"])
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
-        raise StorageError(f"{name} is damaged or gone: {e}") from e
+    return list(described(root, version.set)["outputs"])
 
 
 def done(root: Root, folder: str) -> dict[str, int]:
@@ -242,14 +253,14 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: FileList) -
         ],
         pa.string(),
     )
-    sizes = _sizes(root, f"{folder}/embeddings", names)
+    sizes = sizes_of(root, f"{folder}/embeddings", names)
     if sizes.null_count:
         absent = shards[pc.index(pc.is_null(sizes), True).as_py()].name
         raise StorageError(f"{sizes.null_count} of {len(shards)} shards have no output yet, among them {absent}")
     found = known.table.take(pc.index_in(names, value_set=known.column("embeddings")))
     is_known = pc.equal(found["embeddings_bytes"], sizes)
     for kind in FileList(found).kinds()[1:]:
-        is_there = pc.equal(found[f"{kind}_bytes"], _sizes(root, f"{folder}/{kind}", found[kind]))
+        is_there = pc.equal(found[f"{kind}_bytes"], sizes_of(root, f"{folder}/{kind}", found[kind]))
         is_known = pc.and_kleene(is_known, pc.or_kleene(pc.is_null(found[kind]), is_there))
     unknown = np.flatnonzero(~pc.fill_null(is_known, False).to_numpy())
     if len(unknown):
@@ -264,7 +275,7 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: FileList) -
     return files
 
 
-def _sizes(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
+def sizes_of(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
     """The bytes of each named object in a fresh listing of the folder; null where it is not there."""
     there = root.list(folder)
     listed, sizes = pa.array(list(there), pa.string()), pa.array(list(there.values()), pa.int64())
@@ -272,37 +283,63 @@ def _sizes(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def commit(
-    root: Root, set_name: str, files: Iterable[ShardFiles], stays: Callable[[Version], bool] = lambda before: False
+    root: Root,
+    set_name: str,
+    files: Iterable[ShardFiles],
+    stays: Callable[[Version | None], bool] = lambda before: False,
 ) -> Version | None:
     """Makes the files the current version, unless they already are; the version appears by one create-only write.
 
-    None, and nothing done, where the version before `stays`; that is asked again after a lost race.
+    None, and nothing done, where the version before `stays`; that is asked again after a lost race. It is None where
+    there is no version yet.
     """
     listed = FileList.of(files)
-    list_name = f"versions/files-{digest(set_name, listed.identity())}.parquet"
+    name = list_name(set_name, listed)
     total = listed.totals
-    for _ in range(COMMIT_TRIES):
-        before = read_version(root)
-        if before is not None and before.set == set_name and before.files == list_name:
+
+    def after(before: Version | None) -> Version | None:
+        if before is not None and before.set == set_name and before.files == name:
             return before
-        if before is not None and stays(before):
+        if stays(before):
             return None
-        root.put_new(list_name, listed.encode())
-        version = Version(
+        root.put_new(name, listed.encode())
+        return Version(
             version=before.version + 1 if before else 1,
             set=set_name,
-            files=list_name,
+            files=name,
             shards=len(listed),
             samples=total.samples,
             rows=total.rows,
             rejects=dict(sorted(total.rejects.items())),
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created=now(),
             removed=removed(root, before, set_name, set(listed.column("shard").to_pylist())),
         )
-        content = json.dumps(asdict(version), indent=1).encode()
-        if root.put_new(version_name(version.version), content):
+
+    return append(root, after)
+
+
+def append(root: Root, after: Callable[[Version | None], Version | None]) -> Version | None:
+    """Puts the version that `after` makes of the one before, create-only; it is asked again after a lost race.
+
+    Where it gives None, or the version before, that is returned and nothing is put.
+    """
+    for _ in range(COMMIT_TRIES):
+        before = read_version(root)
+        version = after(before)
+        if version is None or version == before:
+            return version
+        if root.put_new(version_name(version.version), json.dumps(asdict(version), indent=1).encode()):
             return version
     raise StorageError(f"lost the race for a version number {COMMIT_TRIES} times: too many drivers on {root.url}")
+
+
+def list_name(set_name: str, files: FileList) -> str:
+    """Where the list of these files of the set lies: equal lists have one name."""
+    return f"versions/files-{digest(set_name, files.identity())}.parquet"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def removed(root: Root, before: Version | None, set_name: str, shards: set[str]) -> list[str]:
@@ -319,24 +356,52 @@ def version_name(number: int) -> str:
 # readers
 
 
-def files(url: str, *, kind: str = "embeddings", version: int | None = None) -> list[str]:
-    """The URLs of a version's files of one kind, ready for any Parquet reader."""
-    root, listed = _listed(url, kind, version)
+def files(url: str, *, kind: str = "embeddings", version: int | None = None, set_name: str | None = None) -> list[str]:
+    """The URLs of a version's files of one kind, ready for any Parquet reader; all of one set.
+
+    `version`: the current one by default. `set_name`: the newest version of that set instead, whatever has become
+    current since; with both, the version must be of the set. Raises `UsageError` where there is no such version.
+    """
+    root, listed = _listed(url, kind, version, set_name)
     return [f"{root.url}/{name}" for name in listed.names(kind)]
 
 
-def open_dataset(url: str, *, kind: str = "embeddings", version: int | None = None) -> ds.Dataset:
-    """A pyarrow dataset of one version (the current one by default): one set, whole files, each row once."""
-    root, listed = _listed(url, kind, version)
-    return ds.dataset([root.at(name) for name in listed.names(kind)], format="parquet", filesystem=root.fs)
+def open_dataset(
+    url: str, *, kind: str = "embeddings", version: int | None = None, set_name: str | None = None
+) -> ds.Dataset:
+    """A pyarrow dataset of one version, chosen as by `files`: one set, whole files, each row once.
+
+    Its schema's metadata is what holds for all files: the set, the model, `shard2vec.dim` …
+    """
+    root, listed = _listed(url, kind, version, set_name)
+    found = ds.dataset([root.at(name) for name in listed.names(kind)], format="parquet", filesystem=root.fs)
+    common = {k: v for k, v in (found.schema.metadata or {}).items() if k not in OF_ONE_SHARD}
+    return found.replace_schema(found.schema.with_metadata(common))
 
 
-def _listed(url: str, kind: str, number: int | None) -> tuple[Root, FileList]:
+def _listed(url: str, kind: str, number: int | None, set_name: str | None) -> tuple[Root, FileList]:
     if kind not in KINDS:
         raise UsageError(f"--kind {kind}: choose one of {', '.join(KINDS)}")
     root = existing_output(url)
-    version = current(root, number)
+    version = current(root, number) if set_name is None else _of_set(root, set_name, number)
     listed = read_list(root, version)
     if listed.column(kind).null_count:
         raise UsageError(f"version {version.version} of {root.url} has no {kind}: it was embedded without")
+    folder = f"sets/{version.set}/"
+    if not pc.all(pc.starts_with(listed.column(kind), folder), min_count=0).as_py():
+        raise StorageError(f"{version.files}, the list of version {version.version}, names files outside {folder}")
     return root, listed
+
+
+def _of_set(root: Root, set_name: str, number: int | None) -> Version:
+    """The newest version of the set, or the numbered one, which must be of it."""
+    sets = list[str]()
+    for each in reversed(numbers(root)) if number is None else [number]:
+        version = current(root, each)
+        if version.set == set_name:
+            return version
+        sets.append(version.set)
+    if number is not None:
+        raise UsageError(f"--set {set_name}: version {number} of {root.url} is of {sets[0]}")
+    known = ", ".join(sorted(set(sets))) or "none"
+    raise UsageError(f"--set {set_name}: {root.url} has no version of it; sets with versions: {known}")

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import planted
 import pyarrow.parquet as pq
 import pytest
-import written
 from s3_server import S3Server
 
 from pipeline import index, inverted, stored_index, versions
@@ -66,7 +66,7 @@ def found(root: Root, version: versions.Version, query: np.ndarray, top: int = 1
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_recall_is_what_a_plain_loop_counts(root: Root, parts: dict[str, np.ndarray], kind: str) -> None:
     """The stored recall@10 is that of the true ten of each query, the query left out, and `search` reaches it."""
-    version = written.commit(root, parts)
+    version = planted.commit(root, parts)
     stored = built(root, version, kind).index
     assert (stored.vectors, stored.set, stored.files, stored.version) == (1500, version.set, version.files, 1)
     queries, searcher = [f"b/c/{row}" for row in range(0, 500, 10)], Searcher(root, version)
@@ -87,7 +87,7 @@ def test_recall_is_what_a_plain_loop_counts(root: Root, parts: dict[str, np.ndar
 def test_a_measure_counts_equal_images_as_found(root: Root) -> None:
     """Where a hundred images are the same, any ten of them are the nearest."""
     same = np.tile(clusters(1, 5), (100, 1))
-    version = written.commit(root, {"a": np.concatenate([same, clusters(400, 6)])})
+    version = planted.commit(root, {"a": np.concatenate([same, clusters(400, 6)])})
     vectors = Vectors(root, version)
     stored = built(root, version, "flat").index
     opened = stored_index.open_stored(root, stored)
@@ -98,7 +98,7 @@ def test_a_measure_counts_equal_images_as_found(root: Root) -> None:
 def test_below_the_recall_asked_for_nothing_is_published(root: Root) -> None:
     """Points without any structure in few probed lists: refused, and no index appears."""
     noise = np.random.default_rng(7).standard_normal((4000, 96)).astype(np.float32)
-    version = written.commit(root, {"a": noise})
+    version = planted.commit(root, {"a": noise})
     with pytest.raises(LowRecall, match=r"recall@10 is 0\.\d+ at most, with \d+ lists probed .* asks for 1\.0"):
         built(root, version, least=1.0)
     assert stored_index.index_of(root, version) is None
@@ -107,11 +107,11 @@ def test_below_the_recall_asked_for_nothing_is_published(root: Root) -> None:
 
 def test_a_new_version_costs_the_files_that_changed(root: Root, parts: dict[str, np.ndarray]) -> None:
     """Unchanged files keep their parts; what left the version is found no more, what came is."""
-    first = built(root, written.commit(root, parts))
+    first = built(root, planted.commit(root, parts))
     assert (first.parts_made, first.trained) == (4, True)
     gone, fresh = parts["d"][0], clusters(300, 8) * 3
     changed = {"a": parts["a"], "b/c": parts["b/c"][::-1], "e": fresh, "none": parts["none"]}
-    version = written.commit(root, changed)
+    version = planted.commit(root, changed)
     assert stored_index.index_of(root, version) is None
     second = built(root, version)
     assert (second.parts_made, second.trained) == (2, False)
@@ -124,9 +124,9 @@ def test_a_new_version_costs_the_files_that_changed(root: Root, parts: dict[str,
 
 def test_an_old_training_is_given_up_when_recall_falls(root: Root) -> None:
     """Vectors beyond the old lists' range are badly coded: a new training reaches what was asked."""
-    first = built(root, written.commit(root, {"a": clusters(2000, 1)}))
+    first = built(root, planted.commit(root, {"a": clusters(2000, 1)}))
     spread = clusters(2600, 9) / 2
-    version = written.commit(root, {"b": spread + np.float32(8)})  # all within a few degrees of one direction
+    version = planted.commit(root, {"b": spread + np.float32(8)})  # all within a few degrees of one direction
     said: list[str] = []
     second = index.build(root, version, kind="ivf", least=0.97, say=said.append)
     assert second.trained and second.index.training != first.index.training
@@ -137,14 +137,14 @@ def test_an_old_training_is_given_up_when_recall_falls(root: Root) -> None:
 def test_a_version_that_has_grown_much_is_trained_anew(root: Root) -> None:
     """Ten times the vectors want more lists than the old training has."""
     small, large = clusters(400, 1), clusters(6000, 2)
-    first = built(root, written.commit(root, {"a": small}))
-    second = built(root, written.commit(root, {"a": small, "b": large}))
+    first = built(root, planted.commit(root, {"a": small}))
+    second = built(root, planted.commit(root, {"a": small, "b": large}))
     assert second.trained and second.index.lists > 2 * first.index.lists
 
 
 def test_an_index_that_was_cut_short_goes_on_with_its_parts(root: Root, parts: dict[str, np.ndarray]) -> None:
     """Killed after any step: the same command makes only what is missing, and ends with the same lists."""
-    version = written.commit(root, parts)
+    version = planted.commit(root, parts)
     whole = built(root, version).index
     content = root.read(whole.data)
     (name,) = [n for n in root.list("index") if n.count("/") == 1]
@@ -159,7 +159,7 @@ def test_an_index_that_was_cut_short_goes_on_with_its_parts(root: Root, parts: d
 
 def test_builders_that_race_make_one_index(root: Root, parts: dict[str, np.ndarray]) -> None:
     """All of them end well, with the same lists."""
-    version = written.commit(root, parts)
+    version = planted.commit(root, parts)
     results: list[Built] = []
     threads = [threading.Thread(target=lambda: results.append(built(root, version))) for _ in range(3)]
     for thread in threads:
@@ -173,7 +173,7 @@ def test_builders_that_race_make_one_index(root: Root, parts: dict[str, np.ndarr
 
 def test_a_damaged_part_or_list_is_told(root: Root, parts: dict[str, np.ndarray]) -> None:
     """Neither is believed: the message names the object and what to do."""
-    version = written.commit(root, parts)
+    version = planted.commit(root, parts)
     stored = built(root, version).index
     part = Path(root.at(stored_index.part_name(stored.training, *Vectors(root, version).key(0))))
     lists, name = Path(root.at(stored.data)), next(n for n in root.list("index") if n.count("/") == 1)
@@ -195,7 +195,7 @@ def test_zero_vectors_are_near_to_nothing(root: Root) -> None:
     """They are indexed, found by nobody before a real neighbour, and are no queries."""
     rows = clusters(300, 1)
     rows[5] = 0
-    version = written.commit(root, {"a": rows})
+    version = planted.commit(root, {"a": rows})
     built(root, version, "flat")
     hits = search(root, version, rows[7], top=300).hits
     assert next(hit.score for hit in hits if hit.id == "a/5") == 0
@@ -206,18 +206,18 @@ def test_zero_vectors_are_near_to_nothing(root: Root) -> None:
 def test_float16_vectors_are_indexed(root: Root) -> None:
     """A set of --vector-type float16 gives the same neighbours as its values in float32."""
     rows = clusters(300, 1)
-    version = written.commit(root, {"a": rows}, vector_type="float16")
+    version = planted.commit(root, {"a": rows}, vector_type="float16")
     built(root, version, "flat")
     assert found(root, version, rows[3]) == numpy_top({"a": rows.astype(np.float16)}, rows[3])
 
 
 def test_what_has_no_vectors_is_refused(root: Root, tmp_path: Path, parts: dict[str, np.ndarray]) -> None:
     """Metrics alone, no rows, unknown kinds and recalls end before any work."""
-    version = written.commit(root, {"a": parts["none"]})
+    version = planted.commit(root, {"a": parts["none"]})
     with pytest.raises(UsageError, match=r"version 1 of .* has no rows"):
         built(root, version)
     other = Root(str(tmp_path / "metrics"))
-    version = written.commit(other, {"a": parts["a"]}, outputs=("classes",))
+    version = planted.commit(other, {"a": parts["a"]}, outputs=("classes",))
     with pytest.raises(UsageError, match="has no vectors: it was embedded with --only-metrics"):
         built(other, version)
     for wrong in ({"kind": "hnsw"}, {"least": 0.0}, {"least": 1.1}):
@@ -229,7 +229,7 @@ def test_without_faiss_the_extra_is_named(
     root: Root, parts: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`index` and a search through an index need it; an exact search does not."""
-    version = written.commit(root, parts)
+    version = planted.commit(root, parts)
     built(root, version)
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     for call in (lambda: built(root, version, "flat"), lambda: search(root, version, parts["a"][0])):
@@ -269,9 +269,9 @@ def test_memory_does_not_grow_with_the_vectors(root: Root) -> None:
 
 def test_gc_keeps_the_indexes_of_kept_versions(root: Root, parts: dict[str, np.ndarray]) -> None:
     """An index goes with its version; parts that a kept one uses stay, and a search through it still works."""
-    first = built(root, written.commit(root, parts)).index
+    first = built(root, planted.commit(root, parts)).index
     changed = {"a": parts["a"], "d": clusters(300, 8)}
-    version = written.commit(root, changed)
+    version = planted.commit(root, changed)
     second = built(root, version).index
     deleted = collect_garbage(root, 1, set)
     assert first.data in deleted and any("/parts/b/c-" in name for name in deleted)
@@ -284,8 +284,8 @@ def test_gc_keeps_the_indexes_of_kept_versions(root: Root, parts: dict[str, np.n
 
 def test_gc_before_the_new_index_keeps_what_it_will_use(root: Root, parts: dict[str, np.ndarray]) -> None:
     """embed, gc, index: the parts of unchanged files are not made again."""
-    built(root, written.commit(root, parts))
-    version = written.commit(root, parts | {"d": clusters(300, 8)})
+    built(root, planted.commit(root, parts))
+    version = planted.commit(root, parts | {"d": clusters(300, 8)})
     collect_garbage(root, 1, set)
     again = built(root, version)
     assert (again.parts_made, again.trained) == (1, False)
@@ -295,13 +295,13 @@ def test_gc_before_the_new_index_keeps_what_it_will_use(root: Root, parts: dict[
 
 def test_gc_leaves_an_unfinished_index_of_a_kept_version(root: Root, parts: dict[str, np.ndarray]) -> None:
     """Somebody may be building it; that of a version which is gone goes."""
-    version = written.commit(root, parts)
+    version = planted.commit(root, parts)
     built(root, version)
     for name in [n for n in root.list("index") if n.count("/") == 1]:
         root.delete(name)
     before = root.list("index")
     assert collect_garbage(root, 1, set) == [] and root.list("index") == before
-    written.commit(root, {"z": clusters(50, 1)})
+    planted.commit(root, {"z": clusters(50, 1)})
     collect_garbage(root, 1, set)
     assert root.list("index") == {}
 
@@ -316,7 +316,7 @@ def test_an_index_lies_in_a_bucket(
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("SHARD2VEC_CACHE", str(tmp_path / "cache"))
         root = Root(f"s3://{server.create_bucket('vectors')}/out")
-        version = written.commit(root, parts)
+        version = planted.commit(root, parts)
         assert built(root, version).is_new and not built(root, version).is_new
         assert found(root, version, parts["a"][3])[0] == "a/3"
         copies = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "index").iterdir()}
@@ -324,7 +324,7 @@ def test_an_index_lies_in_a_bucket(
         stored = stored_index.index_of(root, version)
         assert stored is not None and set(copies) == set(stored.sha256.values())
         changed = parts | {"d": clusters(300, 8)}
-        second = written.commit(root, changed)
+        second = planted.commit(root, changed)
         assert built(root, second).parts_made == 1
         assert found(root, second, changed["d"][9])[0] == "d/9"
         damaged = root.read(stored.data)[:-1] + b"\0\0"

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import planted
 import pytest
-import written
 
 from pipeline import index, near_duplicates
 from pipeline.errors import UsageError
@@ -20,7 +20,7 @@ def quiet(line: str) -> None:
     pass
 
 
-def planted() -> tuple[dict[str, np.ndarray], set[tuple[str, ...]]]:
+def plant() -> tuple[dict[str, np.ndarray], set[tuple[str, ...]]]:
     """3,000 vectors in three files, and the groups among them: pairs over files and lengths, a triple, five equal ones.
 
     All others are further apart than a cosine of 0.9, the pairs nearer than 0.99.
@@ -42,9 +42,9 @@ def planted() -> tuple[dict[str, np.ndarray], set[tuple[str, ...]]]:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Root, Version, set[tuple[str, ...]]]:
-    shards, groups = planted()
+    shards, groups = plant()
     root = Root(str(tmp_path_factory.mktemp("planted")))
-    return root, written.commit(root, shards), groups
+    return root, planted.commit(root, shards), groups
 
 
 def ids(found: Duplicates) -> set[tuple[str, ...]]:
@@ -87,7 +87,7 @@ def test_a_hundred_equal_images_are_one_group(tmp_path: Path) -> None:
     rows[150] = rows[149] + 0.25 * rng.standard_normal(DIM)
     rows[151] = 2 * rows[150] - rows[149]  # as far from 150 as that is from 149
     root = Root(str(tmp_path))
-    version = written.commit(root, {"a": rows})
+    version = planted.commit(root, {"a": rows})
     unit = rows[149:152] / np.linalg.norm(rows[149:152], axis=1, keepdims=True)
     above = float(min(unit[0] @ unit[1], unit[1] @ unit[2])) - 1e-4
     assert unit[0] @ unit[2] < above
@@ -102,14 +102,14 @@ def test_zero_vectors_are_no_duplicates(tmp_path: Path) -> None:
     rows = np.random.default_rng(1).standard_normal((50, DIM)).astype(np.float32)
     rows[[3, 4]] = 0
     root = Root(str(tmp_path))
-    assert find(root, written.commit(root, {"a": rows}), above=0.95).groups == []
+    assert find(root, planted.commit(root, {"a": rows}), above=0.95).groups == []
 
 
 def test_a_large_version_needs_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says which command makes one; similarities that cannot be are refused."""
     monkeypatch.setattr(near_duplicates, "FLAT_BYTES", 1000)
     root = Root(str(tmp_path))
-    version = written.commit(root, {"a": np.ones((10, DIM), np.float32)})
+    version = planted.commit(root, {"a": np.ones((10, DIM), np.float32)})
     with pytest.raises(UsageError, match=r"version 1 of .* has no index: run `shard2vec index .*` first"):
         find(root, version)
     for above in (0.0, -1.0, 1.5):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import oracle
+import planted
 import pyarrow.parquet as pq
 import pytest
-import written
 from containers import write_tar
 from pictures import jpeg
 from PIL import Image
@@ -31,7 +31,7 @@ def rows(count: int, seed: int) -> np.ndarray:
 def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Root, Version]:
     """120 vectors in two files, with a flat index."""
     root = Root(str(tmp_path_factory.mktemp("search")))
-    version = written.commit(root, {"a": rows(80, 1), "b/c": rows(40, 2)})
+    version = planted.commit(root, {"a": rows(80, 1), "b/c": rows(40, 2)})
     index.build(root, version, say=lambda line: None)
     return root, version
 
@@ -83,9 +83,9 @@ def test_an_unknown_id_is_answered_with_similar_ones(output: tuple[Root, Version
 def test_a_version_without_an_index_is_searched_exactly(tmp_path: Path) -> None:
     """An index of the version before is not used: its rows are not this one's."""
     root = Root(str(tmp_path))
-    before = written.commit(root, {"a": rows(50, 1)})
+    before = planted.commit(root, {"a": rows(50, 1)})
     index.build(root, before, say=lambda line: None)
-    version = written.commit(root, {"a": rows(50, 1)[::-1]})
+    version = planted.commit(root, {"a": rows(50, 1)[::-1]})
     answer = search(root, version, rows(50, 1)[3], top=1)
     assert answer.hits[0].id == "a/46" and answer.hits[0].score == pytest.approx(1, abs=1e-6)
     assert answer.how == "version 2 has no index (`shard2vec index` makes one): each of its 50 vectors was looked at"
@@ -269,7 +269,7 @@ def test_a_recall_that_is_not_reached_ends_with_3(tmp_path: Path) -> None:
     """And with JSON that says so; `status` tells that there is no index."""
     root = Root(str(tmp_path))
     noise = np.random.default_rng(7).standard_normal((3000, 96)).astype(np.float32)
-    written.commit(root, {"a": noise})
+    planted.commit(root, {"a": noise})
     code, printed, told = call("index", tmp_path, "--kind", "ivf", "--recall", 1, "--json")
     assert code == 3 and "no index was made" in told
     assert json.loads(printed)["exit_code"] == 3
