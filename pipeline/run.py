@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import actors, backbone, engines, head, versions, weights
+from pipeline import actors, backbone, engines, head, machine, versions, weights
 from pipeline.config import RunConfig, VectorSet
 from pipeline.embed import Job, Receipt
 from pipeline.errors import StorageError, UsageError
@@ -18,6 +18,8 @@ from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.lists import FileList
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
+from pipeline.receipts import Ledger
+from pipeline.rows import package_versions
 from pipeline.sets import check_device, vector_set
 from pipeline.speed import Means, Sums
 from pipeline.watch import Failed, Stalled, watch
@@ -50,6 +52,7 @@ class Run:
     started: float  # time.monotonic()
     journal: Journal
     sums: Sums = field(default_factory=Sums)
+    ledger: Ledger = field(default_factory=Ledger)
     failed: list[Receipt] = field(default_factory=list)
     means: Means = field(default_factory=lambda: Means(cores=1, threads=1))
 
@@ -86,6 +89,7 @@ def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
     run.root.clear_scratch(versions.OLD_SCRATCH_S)
     say(_describe(run))
     state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
+    state.machine, state.packages = machine.facts(run.device), package_versions()
     note = Note(run.root, state)
     files = FileList.of([])
     try:
@@ -104,6 +108,7 @@ def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
     except KeyboardInterrupt:
         ended = Result(INTERRUPTED, f"interrupted; {AGAIN}")
     except BaseException:
+        run.ledger.put(run.root, state.name)
         note.close("failed")
         raise
     else:
@@ -111,6 +116,8 @@ def _embed(config: RunConfig, say: Callable[[str], None]) -> Result:
         what = f"version {version.version} of {run.root.url}" if version else f"metrics of {run.vectors.name}"
         ended = Result(COMMITTED, f"{what}: {_summary(report)}", report)
     run.journal.put()
+    run.ledger.put(run.root, state.name)
+    state.message = ended.message
     state.result = ended.json or _report(run, files, None)
     note.close(ENDS[ended.exit_code])
     return replace(ended, json=state.result)
@@ -204,6 +211,7 @@ def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
         with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
             for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
                 run.sums.add(receipt)
+                run.ledger.add(receipt)
                 if receipt.files:
                     run.journal.add(receipt.files)
                 if receipt.error:
