@@ -8,7 +8,7 @@ versions, never listings.
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from pipeline.config import VectorSet
 from pipeline.errors import StorageError, UsageError
 from pipeline.flow import ordered
 from pipeline.listing import Shard
@@ -170,13 +171,21 @@ def create_set(root: Root, folder: str, description: dict[str, Any]) -> None:
         raise UsageError(f"output {root.url} cannot be written: {e}") from e
 
 
+def described(root: Root, set_name: str) -> dict[str, Any]:
+    """What set.json says: the fields of `config.VectorSet`. Raises `StorageError` where it is damaged or gone."""
+    name = f"sets/{set_name}/set.json"
+    try:
+        found = json.loads(root.read(name))
+        if missing := {f.name for f in fields(VectorSet)} - found.keys():
+            raise KeyError(f"it lacks {', '.join(sorted(missing))}")
+        return dict(found)
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as e:
+        raise StorageError(f"{name} is damaged or gone: {e}") from e
+
+
 def outputs_of(root: Root, version: Version) -> list[str]:
     """What the version's set holds: embedding, classes, tokens …"""
-    name = f"sets/{version.set}/set.json"
-    try:
-        return list(json.loads(root.read(name))["outputs"])
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
-        raise StorageError(f"{name} is damaged or gone: {e}") from e
+    return list(described(root, version.set)["outputs"])
 
 
 def done(root: Root, folder: str) -> dict[str, int]:
