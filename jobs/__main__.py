@@ -9,7 +9,7 @@ from contextlib import suppress
 import stamina
 import typer
 
-from jobs import bench, compare, demo, describe, embed, exits, files, gc, job_file, status, verify
+from jobs import bench, compare, demo, describe, embed, exits, files, gc, job_file, report, status, verify
 from pipeline.errors import UsageError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, embed, status, files, verify, describe, bench, compare, gc):
+for verb in (demo, embed, status, files, verify, describe, bench, compare, gc, report):
     app.command(verb.__name__.rpartition(".")[2])(getattr(verb, verb.__name__.rpartition(".")[2]))
 
 

@@ -148,7 +148,11 @@ def distributions(root: Root, files: FileList, classes: int) -> Distributions | 
         for c in seen:
             names.seen_in.setdefault(c, place)
     top_k = max(part.top_k for part in parts)
-    rows = _Columns(*(np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:-1]), top_k=top_k)
+    norm, first, score, label, in_top5 = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("norm", "first", "score", "label", "in_top5")
+    )
+    rows = _Columns(norm, first, score, label, in_top5, top_k)
     counts = np.bincount(rows.first, minlength=classes) if top_k else np.zeros(0, np.int64)
     return Distributions(
         rows=len(rows.norm),
@@ -250,7 +254,7 @@ def _accuracy(rows: _Columns, classes: int, names: _Names) -> Accuracy | None:
             for c, name in zip(worst, names.distinct(worst), strict=True)
         ],
         confusions=[
-            _confusion(*divmod(pair, classes), n, of_class, names)
+            _confusion(pair // classes, pair % classes, n, of_class, names)
             for pair, n in zip(pairs[:CONFUSIONS].tolist(), counts[:CONFUSIONS].tolist(), strict=True)
         ],
         grid_classes=names.distinct(grid),

@@ -6,6 +6,7 @@ Text in charts is escaped: plotly takes a few HTML tags in it, and names come fr
 import html
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
@@ -94,18 +95,18 @@ def _bar(values: Sequence[float], hover: Sequence[str], **own: Any) -> go.Bar:
     )
 
 
-def _columns(histogram: Histogram, unit: str) -> list[Any]:
+def _columns(histogram: Histogram) -> list[Any]:
     """A histogram whose bins were counted already."""
     edges = histogram.edges
     hover = [
-        f"{low:.4g} to {high:.4g} {unit}<br>{n:,} images"
-        for low, high, n in zip(edges, edges[1:], histogram.counts, strict=False)
+        f"{low:.4g} to {high:.4g}<br>{n:,} images"
+        for (low, high), n in zip(pairwise(edges), histogram.counts, strict=True)
     ]
     return [
         go.Bar(
-            x=[(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)],
+            x=[(low + high) / 2 for low, high in pairwise(edges)],
             y=histogram.counts,
-            width=[0.94 * (high - low) for low, high in zip(edges, edges[1:], strict=False)],
+            width=[0.94 * (high - low) for low, high in pairwise(edges)],
             marker={"color": "var(--c1)"},
             hovertext=hover,
             hoverinfo="text",
@@ -193,11 +194,11 @@ def classes(found: Distributions) -> Chart:
 
 def confidence(histogram: Histogram) -> Chart:
     x = {"title": "probability of the first class", "range": [0, 1]}
-    return _chart(_columns(histogram, ""), 260, x, {"title": "images"}, bargap=0)
+    return _chart(_columns(histogram), 260, x, {"title": "images"}, bargap=0)
 
 
 def norms(histogram: Histogram) -> Chart:
-    return _chart(_columns(histogram, ""), 260, {"title": "norm of the embedding"}, {"title": "images"}, bargap=0)
+    return _chart(_columns(histogram), 260, {"title": "norm of the embedding"}, {"title": "images"}, bargap=0)
 
 
 def calibration(accuracy: Accuracy) -> Chart:
@@ -213,7 +214,9 @@ def calibration(accuracy: Accuracy) -> Chart:
         mode="lines+markers",
         line={"color": "var(--c1)", "width": 2},
         marker={"size": [7 + 13 * (b["images"] / most) ** 0.5 for b in bins], "color": "var(--c1)"},
-        hovertext=[f"confidence {b['confidence']:.2f}, right {b['accuracy']:.0%}<br>{b['images']:,} images" for b in bins],
+        hovertext=[
+            f"confidence {b['confidence']:.2f}, right {b['accuracy']:.0%}<br>{b['images']:,} images" for b in bins
+        ],
         hoverinfo="text",
     )
     x = {"title": "confidence", "range": [-0.02, 1.02]}
@@ -318,7 +321,7 @@ def similarity(found: Duplicates) -> Chart:
     x = {"title": "cosine to the nearest other image"}
     line = {"type": "line", "x0": NEAR, "x1": NEAR, "yref": "paper", "y0": 0, "y1": 1}
     shapes = [{**line, "line": {"color": "var(--c4)", "width": 1.5, "dash": "dot"}}]
-    return _chart(_columns(histogram, ""), 260, x, {"title": "images"}, bargap=0, shapes=shapes)
+    return _chart(_columns(histogram), 260, x, {"title": "images"}, bargap=0, shapes=shapes)
 
 
 def class_moves(moved: Sequence[Any], before: str, after: str) -> Chart:

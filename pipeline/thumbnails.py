@@ -96,7 +96,7 @@ def _read(stream: BinaryIO) -> bytes:
 # The process
 
 
-def thumbnail(data: bytes, formats: Sequence[str]) -> bytes:
+def thumbnail(data: bytes, formats: list[str]) -> bytes:
     """The JPEG; empty where nothing can be shown of it."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
@@ -118,7 +118,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         low, high = image.getextrema()
         span = max(float(high) - float(low), 1e-9)  # type: ignore[arg-type]
-        image = image.convert("F").point(lambda v: (v - low) * (255 / span)).convert("L")  # type: ignore[operator]
+        image = image.convert("F").point(lambda v: (v - low) * (255 / span)).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         ground = Image.new("RGBA", image.size, (128, 128, 128, 255))
         image = Image.alpha_composite(ground, image.convert("RGBA"))

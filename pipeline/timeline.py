@@ -57,7 +57,10 @@ def timeline(receipts: pa.Table) -> Timeline | None:
         return None
     started, ended = _numbers(mine, "started"), _numbers(mine, "ended")
     samples = _numbers(mine, "samples")
-    stages = {stage: sum(_numbers(mine, f"{p}_s") for p in PARTS_OF.get(stage, (stage,))) for stage in STAGES}
+    stages = {
+        stage: np.sum([_numbers(mine, f"{part}_s") for part in PARTS_OF.get(stage, (stage,))], axis=0)
+        for stage in STAGES
+    }
     first, last = (float(started.min()), float(ended.max())) if len(started) else (0.0, 0.0)
     edges = np.linspace(0.0, max(last - first, 1e-3), 1 + int(np.clip(len(started) / SHARDS_A_BIN, 1, BINS)))
     per_bin = _spread(started - first, ended - first, np.stack([samples, *stages.values()], axis=1), edges)
