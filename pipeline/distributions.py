@@ -5,7 +5,7 @@ list, and `rows` is less than `of`.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,15 +102,19 @@ class _Columns(NamedTuple):
 
 @dataclass
 class _Names:
-    """The names of classes, read where a row has them; the files that have them are remembered by class."""
+    """The names of classes, read where a row has them; the files that have them are remembered by class.
+
+    `rest`: gives the names of all, where that can be, for classes that no row has among its first k.
+    """
 
     root: Root
     paths: list[str]
+    rest: Callable[[], Sequence[str]]
     seen_in: dict[int, int] = field(default_factory=dict)  # class → place in `paths`
     known: dict[int, str] = field(default_factory=dict)
 
     def learn(self, classes: Iterable[int]) -> None:
-        """Reads the names of these, a file for several; one that no row has keeps its number."""
+        """Reads the names of these, a file for several; one that nobody names keeps its number."""
         wanted = {c for c in classes if c not in self.known}
         for place in sorted({self.seen_in[c] for c in wanted if c in self.seen_in}):
             with self.root.open(self.paths[place]) as f:
@@ -121,6 +125,9 @@ class _Names:
             for c, at in zip(classes_here.tolist(), firsts.tolist(), strict=True):
                 if c in wanted and len(labels) == len(index) and labels[at].is_valid:
                     self.known[c] = labels[at].as_py()
+        if wanted - self.seen_in.keys():
+            rest = self.rest()
+            self.known |= {c: rest[c] for c in wanted - self.known.keys() if c < len(rest)}
 
     def __call__(self, index: int) -> str:
         return self.known.get(index, f"class {index}")
@@ -132,8 +139,10 @@ class _Names:
         return [f"{name} ({i})" if name in twice else name for i, name in zip(indices, names, strict=True)]
 
 
-def distributions(root: Root, files: FileList, classes: int) -> Distributions | None:
-    """`classes`: of the model, 0 for one without. None of a version without rows."""
+def distributions(
+    root: Root, files: FileList, classes: int, names_of_all: Callable[[], Sequence[str]] = tuple
+) -> Distributions | None:
+    """`classes`: of the model, 0 for one without. `names_of_all`: see `_Names.rest`. None of a version without rows."""
     table = files.table.filter(_has_rows(files))
     total = int(np.sum(table["rows"].to_numpy())) if table.num_rows else 0
     if not total:
@@ -141,7 +150,7 @@ def distributions(root: Root, files: FileList, classes: int) -> Distributions | 
     kept = _evenly(table["rows"].to_numpy())
     paths = table["embeddings"].take(kept).to_pylist()
     sizes = table["embeddings_bytes"].take(kept).to_pylist()
-    names, parts = _Names(root, paths), list[_Columns]()
+    names, parts = _Names(root, paths, names_of_all), list[_Columns]()
     reads = ordered(lambda one: _read(root, *one), zip(paths, sizes, strict=True), AT_ONCE)
     for place, (columns, seen) in enumerate(reads):
         parts.append(columns)
@@ -158,7 +167,7 @@ def distributions(root: Root, files: FileList, classes: int) -> Distributions | 
         rows=len(rows.norm),
         of=total,
         norm=_norms(rows.norm),
-        confidence=_histogram(rows.score, np.linspace(0, 1, CONFIDENCE_BINS + 1)) if top_k else None,
+        confidence=_confidence(rows.score) if top_k else None,
         classes=_most_frequent(rows, counts, names),
         classes_predicted=int((counts > 0).sum()),
         classes_there=classes,
@@ -204,6 +213,12 @@ def _norms(norm: np.ndarray) -> Histogram:
     if high - low < 1e-6 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
     return _histogram(norm, np.linspace(low, high, NORM_BINS + 1))
+
+
+def _confidence(score: np.ndarray) -> Histogram:
+    """From 0 to 1; of a model that is sure of nothing, to what it reaches."""
+    most = float(score.max())
+    return _histogram(score, np.linspace(0, 1.0 if most > 0.5 else max(most, 1e-6), CONFIDENCE_BINS + 1))
 
 
 def _histogram(values: np.ndarray, edges: np.ndarray) -> Histogram:

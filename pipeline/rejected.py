@@ -21,7 +21,6 @@ class Example:
 
     id: str
     shard: str
-    row: int
     stage: str
     reason: str
     message: str
@@ -70,7 +69,7 @@ def _paths(files: FileList, reasons: set[str]) -> list[str]:
 def _read(root: Root, path: str) -> list[Example]:
     """At most `EXAMPLES` of each reason in one file."""
     with root.open(path) as f:
-        table = pq.read_table(f, columns=["id", "shard", "row", "stage", "reason", "message", "bytes"])
+        table = pq.read_table(f, columns=["id", "shard", "stage", "reason", "message", "bytes"])
     found = list[Example]()
     for reason in pc.unique(table["reason"]).to_pylist():
         rows = table.filter(pc.equal(table["reason"], reason)).slice(0, EXAMPLES)

@@ -24,7 +24,7 @@
       const chart = resolved(data.charts[box.dataset.chart], style);
       const isMap = box.dataset.chart === "map";
       if (isMap && !finger.matches) chart.layout.dragmode = "zoom";
-      if (isMap && box.clientWidth < 500) chart.layout.height = 460;
+      if (box.clientWidth < 500 && chart.layout.showlegend) chart.layout.height += 56;  // it wraps there
       const config = { responsive: true, displayModeBar: isMap && !finger.matches, displaylogo: false,
         modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"] };
       return Plotly.react(box, chart.data, chart.layout, config);

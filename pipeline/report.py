@@ -55,13 +55,13 @@ def report(
     `shards`: the input's listing, to fetch thumbnails from; None for a report without. Raises `UsageError` for an
     unknown version or run, an input that is another's, a file that cannot be written.
     """
-    from pipeline.report_page import page, places  # plotly and jinja2 are an extra
+    from pipeline.report_page import page, wanted  # plotly and jinja2 are an extra
 
     figures = gather(root, version=version, run=run)
     pictures = None
     if shards is not None:
         columns = (figures.files.column(name).to_pylist() for name in ("shard", "etag"))
-        pictures = originals(shards, dict(zip(*columns, strict=True)), places(figures, PICTURES))
+        pictures = originals(shards, dict(zip(*columns, strict=True)), wanted(figures, PICTURES))
     content = page(figures, pictures).encode("utf-8", "backslashreplace")
     path = _put(root, content) if html is None else _write(Path(html), content)
     told = _told(figures) | {"thumbnails": len(pictures.pictures) if pictures else 0}
@@ -114,7 +114,7 @@ def _told(f: Figures) -> dict[str, Any]:
 def _duplicates(f: Figures) -> dict[str, Any] | None:
     if f.duplicates is None or f.sampled is None:
         return None
-    ids = [[f.sampled.ids[i] for i in group] for group in f.duplicates.groups]
+    ids = [[tile.id for tile in group] for group in f.duplicates.groups]
     return asdict(f.duplicates) | {"groups": ids, "sample": len(f.sampled)}
 
 

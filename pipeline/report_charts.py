@@ -82,6 +82,7 @@ def _bars(names: Sequence[str], traces: Sequence[Any], x: dict[str, Any], **layo
         "ticktext": [plain(name) for name in names],
         "range": [len(names) - 0.5, -0.5],
         "showgrid": False,
+        "zeroline": False,
         "tickfont": {"color": "var(--ink)", "size": 12},
     }
     height = BAR_PX * len(names) + AXIS_PX + (40 if layout.get("showlegend") else 0)
@@ -193,7 +194,7 @@ def classes(found: Distributions) -> Chart:
 
 
 def confidence(histogram: Histogram) -> Chart:
-    x = {"title": "probability of the first class", "range": [0, 1]}
+    x = {"title": "probability of the first class", "range": [0, histogram.edges[-1]]}
     return _chart(_columns(histogram), 260, x, {"title": "images"}, bargap=0)
 
 
@@ -266,8 +267,9 @@ def accuracy_by_run(runs: Sequence[dict[str, Any]]) -> Chart:
             ("top5", "top-5", "var(--c2)", "square"),
         )
     ]
-    ticks = {"tickvals": list(range(len(runs))), "ticktext": [plain(r["started"], 16) for r in runs]}
-    y = {"title": "%", "rangemode": "tozero"}
+    room = {"range": [-0.3, len(runs) - 0.7]}
+    ticks = {"tickvals": list(range(len(runs))), "ticktext": [plain(r["started"]) for r in runs], **room}
+    y = {"title": "right, %", "rangemode": "tozero"}
     return _chart(traces, 260, ticks, y, showlegend=True)
 
 
@@ -309,7 +311,10 @@ def vector_map(sampled: Sampled, drawn: Map, has_picture: Sequence[bool]) -> Cha
         {**ticks, "fixedrange": False, "title": f"component {i}, {share:.0%} of the variance"}
         for i, share in enumerate(drawn.explained, 1)
     )
-    return _chart([t for t in traces if t.x], 520, x, y, showlegend=bool(top), hovermode="closest")
+    legend = {**LEGEND, "y": -0.1, "yanchor": "top"}  # above are the map's buttons
+    bar = {"bgcolor": CLEAR, "color": "var(--soft)", "activecolor": "var(--c1)"}
+    shown = [trace for trace in traces if trace.x]
+    return _chart(shown, 560, x, y, showlegend=bool(top), legend=legend, modebar=bar, hovermode="closest")
 
 
 def _rounded(value: float) -> float:

@@ -90,7 +90,7 @@ def gather(root: Root, *, version: int | None = None, run: str | None = None) ->
         described=described,
         packages=note.packages if note and note.packages else _packages(root, files),
         timeline=_timeline(root, note, absent),
-        distributions=distributions(root, files, int(described["classes"])),
+        distributions=distributions(root, files, int(described["classes"]), lambda: _class_names(described)),
         rejected=rejected(root, files),
         sampled=sampled,
         map=drawn,
@@ -147,6 +147,15 @@ def _line(note: State) -> dict[str, Any]:
 def state_of(note: State) -> str:
     """As `status` has it: a run that fell silent has died."""
     return "died" if note.state == "running" and not progress.is_alive(note) else note.state
+
+
+def _class_names(described: dict[str, Any]) -> Sequence[str]:
+    """Of all classes, where they are ImageNet's; the names of others are in the rows alone."""
+    if described["labels_source"] != "imagenet":
+        return ()
+    from pipeline.backbone import imagenet_names  # timm takes seconds, and is seldom needed
+
+    return imagenet_names(int(described["classes"]))
 
 
 def _packages(root: Root, files: FileList) -> dict[str, str]:

@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from typing import Any
@@ -21,12 +21,12 @@ import pipeline
 from pipeline import report_charts as charts
 from pipeline.distributions import CALIBRATION_BINS, LEAST_LABELLED
 from pipeline.legible import legible
-from pipeline.originals import Originals, Place
+from pipeline.originals import Originals
 from pipeline.report_figures import Figures, state_of
 from pipeline.report_verdict import limits, reasons, verdict
-from pipeline.vector_map import NEAR, OF_GROUP
+from pipeline.vector_map import NEAR, OF_GROUP, Tile
 
-Pictures = Mapping[Place, bytes]
+Pictures = Mapping[str, bytes]  # JPEGs by id
 
 
 def page(figures: Figures, originals: Originals | None) -> str:
@@ -44,7 +44,7 @@ def page(figures: Figures, originals: Originals | None) -> str:
         "limits": limits(figures),
         "reasons": reasons,
         "originals": originals,
-        "tile_data": _Tiles(figures, pictures),
+        "picture_of": lambda image_id: Markup(_uri(pictures.get(image_id))),
         "constants": {
             "near": NEAR, "of_group": OF_GROUP, "bins": CALIBRATION_BINS, "least_labelled": LEAST_LABELLED,
         },
@@ -115,10 +115,10 @@ def _charts(f: Figures, pictures: Pictures) -> dict[str, _Drawn]:
     drawn |= _row_charts(f)
     accuracies = [r for r in f.runs if r["top1"] is not None]
     if len(accuracies) > 1:
-        dated = [r | {"started": _moment(r["started"])} for r in accuracies]
+        dated = [r | {"started": _moment(r["started"])[5:16]} for r in accuracies]
         drawn["runs"] = _Drawn(charts.accuracy_by_run(dated), "Top-1 and top-5 accuracy by run")
     if f.sampled and f.map:
-        has_picture = [_place(f, point) in pictures for point in f.map.points]
+        has_picture = [f.sampled.ids[point] in pictures for point in f.map.points]
         drawn["map"] = _Drawn(
             charts.vector_map(f.sampled, f.map, has_picture), f"Map of {len(f.map.points):,} images by two components"
         )
@@ -157,32 +157,8 @@ def _row_charts(f: Figures) -> dict[str, _Drawn]:
 # images
 
 
-def _place(f: Figures, point: int) -> Place:
-    assert f.sampled is not None
-    return f.sampled.shards[point], f.sampled.rows[point]
-
-
 def _uri(picture: bytes | None) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}" if picture else ""
-
-
-class _Tiles:
-    """For the template: a sample's picture and what is said of it."""
-
-    def __init__(self, figures: Figures, pictures: Pictures):
-        self._f, self._pictures = figures, pictures
-
-    def __call__(self, point: int) -> dict[str, Any]:
-        sampled = self._f.sampled
-        assert sampled is not None
-        return {
-            "id": sampled.ids[point],
-            "name": sampled.names[point],
-            "src": Markup(_uri(self._pictures.get(_place(self._f, point)))),
-        }
-
-    def of(self, shard: str, row: int) -> Markup:
-        return Markup(_uri(self._pictures.get((shard, row))))
 
 
 def _cards(f: Figures, pictures: Pictures) -> list[dict[str, Any]]:
@@ -193,7 +169,7 @@ def _cards(f: Figures, pictures: Pictures) -> list[dict[str, Any]]:
     return [
         {"id": legible(s.ids[p], 90), "name": legible(s.names[p], 60), "score": round(s.scores[p], 3)}
         | ({"label": s.labels[p]} if s.labels[p] is not None else {})
-        | ({"src": src} if (src := _uri(pictures.get(_place(f, p)))) else {})
+        | ({"src": src} if (src := _uri(pictures.get(s.ids[p]))) else {})
         for p in f.map.points
     ]
 
@@ -229,19 +205,15 @@ def _moment(unix: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(unix))
 
 
-def places(figures: Figures, most: int) -> Sequence[Place]:
-    """Those whose pictures the page can show, the sheets first, then points of the map evenly, `most` in all."""
-    wanted: dict[Place, None] = {}
-    for example in figures.rejected.examples if figures.rejected else ():
-        wanted[example.shard, example.row] = None
-    sheets = [i for n in figures.neighbours for i in (n.query, *n.nearest)]
-    groups = figures.duplicates.groups if figures.duplicates else []
-    sheets += [i for group in groups for i in group[:OF_GROUP]]
-    for point in sheets:
-        wanted[_place(figures, point)] = None
-    points = figures.map.points if figures.map else []
-    left = max(0, most - len(wanted))
-    step = max(1.0, len(points) / left) if left else 0.0
-    for i in range(min(left, len(points))):
-        wanted[_place(figures, points[int(i * step)])] = None
-    return list(wanted)[:most]
+def wanted(figures: Figures, most: int) -> dict[str, str]:
+    """Id → shard of the images that the page can show, the sheets first, then points of the map evenly."""
+    found = {example.id: example.shard for example in (figures.rejected.examples if figures.rejected else ())}
+    tiles: list[Tile] = [tile for n in figures.neighbours for tile in (n.query, *n.nearest)]
+    tiles += [tile for group in (figures.duplicates.groups if figures.duplicates else ()) for tile in group[:OF_GROUP]]
+    found |= {tile.id: tile.shard for tile in tiles}
+    if figures.map and figures.sampled and (left := most - len(found)) > 0:
+        step = max(1.0, len(figures.map.points) / left)
+        for i in range(min(left, len(figures.map.points))):
+            point = figures.map.points[int(i * step)]
+            found[figures.sampled.ids[point]] = figures.sampled.shards[point]
+    return dict(list(found.items())[:most])

@@ -35,6 +35,7 @@ def verdict(f: Figures) -> str:
     total = f.files.totals
     share = f" ({total.rejected / total.samples:.1%})" if total.rejected else ""
     rejects = f"{_plural(total.rejected, 'sample')}{share} {'was' if total.rejected == 1 else 'were'} rejected"
+    rejects = rejects if total.rejected else "no sample was rejected"
     if f.run is None:
         assert f.version is not None
         return f"Version {f.version.version} holds {_plural(total.rows, 'row')}; {rejects}."

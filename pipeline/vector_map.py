@@ -5,7 +5,7 @@ Everything is exact within it.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,6 @@ class Sampled:
     vectors: np.ndarray
     ids: list[str]
     shards: list[str]
-    rows: list[int]
     labels: list[int | None]
     first: list[int]
     names: list[str]  # of the first class
@@ -43,6 +42,17 @@ class Sampled:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def tile(self, place: int) -> "Tile":
+        return Tile(self.ids[place], self.shards[place], self.names[place])
+
+
+class Tile(NamedTuple):
+    """One image of a sheet. `name`: of its first class, "" where none are kept."""
+
+    id: str
+    shard: str
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +67,10 @@ class Map:
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """Of one vector of the sample, the nearest first; by cosine."""
+    """Of one image, the nearest first; by cosine."""
 
-    query: int
-    nearest: list[int]
+    query: Tile
+    nearest: list[Tile]
     similarity: list[float]
 
 
@@ -73,7 +83,7 @@ class Duplicates:
     median: float
     images: int  # in any group
     count: int  # of groups
-    groups: list[list[int]]  # the largest, those of one size by similarity
+    groups: list[list[Tile]]  # the largest, those of one size by similarity
     least: list[float]  # of each shown group: the lowest cosine that joined it
 
 
@@ -91,7 +101,6 @@ def sample(root: Root, files: FileList) -> Sampled | None:
         vectors=flat.reshape(-1, width).astype(np.float32),
         ids=table["id"].to_pylist(),
         shards=table["shard"].to_pylist(),
-        rows=table["row"].to_pylist(),
         labels=table["label"].to_pylist(),
         first=first,
         names=names,
@@ -116,7 +125,7 @@ def _choose(files: FileList) -> tuple[list[ShardFiles], int]:
 def _read(root: Root, f: ShardFiles, most: int) -> pa.Table:
     with root.open(f.embeddings, f.sizes["embeddings"]) as source:
         file = pq.ParquetFile(source)
-        wanted = ["id", "shard", "row", "label", "embedding", "topk_index", "topk_score", "topk_label"]
+        wanted = ["id", "shard", "label", "embedding", "topk_index", "topk_score", "topk_label"]
         columns = [c for c in wanted if c in file.schema_arrow.names]
         groups = file.num_row_groups
         picked = _even(groups, min(groups, -(-most // GROUP_ROWS)))
@@ -183,7 +192,13 @@ def neighbours(sampled: Sampled, drawn: Map) -> list[Neighbours]:
         similarity = vectors @ vectors[query]
         similarity[query] = -np.inf
         nearest = np.argsort(-similarity, kind="stable")[:count]
-        found.append(Neighbours(query=query, nearest=nearest.tolist(), similarity=similarity[nearest].tolist()))
+        found.append(
+            Neighbours(
+                query=sampled.tile(query),
+                nearest=[sampled.tile(i) for i in nearest.tolist()],
+                similarity=similarity[nearest].tolist(),
+            )
+        )
     return found
 
 
@@ -204,9 +219,8 @@ def duplicates(sampled: Sampled) -> Duplicates | None:
         for i, j in zip(*np.nonzero(values >= NEAR), strict=True):
             edges.append((float(values[i, j]), at + int(i), int(closest[i, j])))
     groups = _groups(edges, len(vectors))
-    counts, bins = np.histogram(
-        np.clip(nearest, -1, 1), np.linspace(min(0.0, float(nearest.min())), 1, SIMILARITY_BINS)
-    )
+    bins = np.linspace(np.floor(20 * min(NEAR, float(nearest.min()))) / 20, 1, SIMILARITY_BINS + 1)
+    counts, _ = np.histogram(np.clip(nearest, bins[0], 1), bins)
     shown = groups[:GROUPS]
     return Duplicates(
         edges=bins.tolist(),
@@ -214,7 +228,7 @@ def duplicates(sampled: Sampled) -> Duplicates | None:
         median=float(np.median(nearest)),
         images=sum(len(members) for _, members in groups),
         count=len(groups),
-        groups=[members for _, members in shown],
+        groups=[[sampled.tile(i) for i in members] for _, members in shown],
         least=[lowest for lowest, _ in shown],
     )
 

@@ -28,7 +28,7 @@ MEMORY_BYTES = 2**30  # beyond what the process starts with
 LENGTH = struct.Struct("<Q")
 
 
-class Thumbnailer:
+class Shrinker:
     """Called with an image's bytes, from any thread, one at a time; a context that leaves no process behind.
 
     `formats`: Pillow's names of those that may be decoded; some of its others run programs on the bytes.
@@ -57,7 +57,7 @@ class Thumbnailer:
                 self._process.communicate()
             self._process = None
 
-    def __enter__(self) -> "Thumbnailer":
+    def __enter__(self) -> "Shrinker":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,7 +68,7 @@ def _start(formats: str) -> "subprocess.Popen[bytes]":
     home, inherited = str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")
     return subprocess.Popen(
         # -P: else the working directory's own `pipeline` would be imported.
-        [sys.executable, "-P", "-m", "pipeline.thumbnails", formats],
+        [sys.executable, "-P", "-m", "pipeline.shrinking", formats],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # a crash's last words are not for the user
@@ -96,7 +96,7 @@ def _read(stream: BinaryIO) -> bytes:
 # The process
 
 
-def thumbnail(data: bytes, formats: list[str]) -> bytes:
+def shrink(data: bytes, formats: list[str]) -> bytes:
     """The JPEG; empty where nothing can be shown of it."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
@@ -144,7 +144,7 @@ def serve(formats: Sequence[str], source: BinaryIO, sink: BinaryIO) -> None:
             return
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         signal.alarm(WALL_S)
-        answer = thumbnail(data, known)
+        answer = shrink(data, known)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         _write(sink, answer)
