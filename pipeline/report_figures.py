@@ -49,7 +49,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """`version` is None where nothing was committed; then the files are those that the run has made so far."""
+    """`version` is None where nothing was committed; then the files are what there is of the run's set."""
 
     output: str
     run: State | None
@@ -132,10 +132,14 @@ def _named(root: Root, notes: Sequence[State], name: str) -> State:
 
 
 def _so_far(root: Root, set_name: str) -> FileList:
-    """What runs that made no version have made of the set, by their journals, each file once."""
+    """What there is of a set that a run has not committed: by the journals of such runs, else by its last version."""
     files = Journal(root, set_name).read()
-    _, firsts = np.unique(np.array(files.column("embeddings").to_pylist(), dtype=object).astype(str), return_index=True)
-    return FileList(files.table.take(pa.array(np.sort(firsts))))
+    current = versions.read_version(root)
+    if current is not None and current.set == set_name:
+        files += versions.read_list(root, current)
+    names = np.array(files.column("shard").to_pylist(), dtype=str)
+    _, firsts = np.unique(names, return_index=True)  # of two states of a shard the journal's
+    return FileList(files.table.take(pa.array(np.sort(firsts), pa.int64())))
 
 
 def _line(note: State) -> dict[str, Any]:
