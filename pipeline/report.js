@@ -26,7 +26,7 @@
       if (isMap && !finger.matches) chart.layout.dragmode = "zoom";
       if (box.clientWidth < 500 && chart.layout.showlegend) chart.layout.height += 56;  // it wraps there
       const config = { responsive: true, displayModeBar: isMap && !finger.matches, displaylogo: false,
-        modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"] };
+        modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] };
       return Plotly.react(box, chart.data, chart.layout, config);
     }));
   }

@@ -43,6 +43,11 @@ def plain(text: str, most: int = LABEL_CHARS) -> str:
     return html.escape(legible(text, most), quote=False)
 
 
+def brief(name: str, most: int = LABEL_CHARS) -> str:
+    """Of a class with synonyms, as ImageNet's have them, the first where all are too long."""
+    return plain(name if len(name) <= most else name.split(",")[0], most)
+
+
 def _chart(
     traces: Sequence[Any], height: int, x: dict[str, Any] | None = None, y: dict[str, Any] | None = None, **layout: Any
 ) -> Chart:
@@ -75,17 +80,17 @@ def _axis(own: dict[str, Any] | None) -> dict[str, Any]:
     return {**AXIS, "fixedrange": True, **own, "title": title}
 
 
-def _bars(names: Sequence[str], traces: Sequence[Any], x: dict[str, Any], **layout: Any) -> Chart:
-    """Horizontal bars, the first on top. By number, as shortened names may be the same."""
+def _bars(ticks: Sequence[str], traces: Sequence[Any], x: dict[str, Any], **layout: Any) -> Chart:
+    """Horizontal bars, the first on top; by number, as shortened names may be the same."""
     y = {
-        "tickvals": list(range(len(names))),
-        "ticktext": [plain(name) for name in names],
-        "range": [len(names) - 0.5, -0.5],
+        "tickvals": list(range(len(ticks))),
+        "ticktext": list(ticks),
+        "range": [len(ticks) - 0.5, -0.5],
         "showgrid": False,
         "zeroline": False,
         "tickfont": {"color": "var(--ink)", "size": 12},
     }
-    height = BAR_PX * len(names) + AXIS_PX + (40 if layout.get("showlegend") else 0)
+    height = BAR_PX * len(ticks) + AXIS_PX + (40 if layout.get("showlegend") else 0)
     return _chart(traces, height, {"rangemode": "tozero", **x}, y, **layout)
 
 
@@ -176,7 +181,7 @@ def slow_shards(timeline: Timeline) -> Chart:
         hover = [f"{plain(s.shard, 60)}<br>{stage} {v:.2f} s" for s, v in zip(slowest, values, strict=True)]
         traces.append(_bar(values, hover, name=stage, marker={"color": colour}))
     x = {"title": "thread-seconds by stage"}
-    return _bars([s.shard for s in slowest], traces, x, barmode="stack", showlegend=True)
+    return _bars([plain(s.shard) for s in slowest], traces, x, barmode="stack", showlegend=True)
 
 
 def reject_reasons(rejected: Rejected) -> Chart:
@@ -190,7 +195,7 @@ def classes(found: Distributions) -> Chart:
     top = found.classes
     hover = [f"{plain(c.name, 80)}<br>{c.images:,} images, mean confidence {c.confidence:.2f}" for c in top]
     bar = _bar([c.images for c in top], hover)
-    return _bars([c.name for c in top], [bar], {"title": "images that have it first"})
+    return _bars([brief(c.name) for c in top], [bar], {"title": "images that have it first"})
 
 
 def confidence(histogram: Histogram) -> Chart:
@@ -226,7 +231,7 @@ def calibration(accuracy: Accuracy) -> Chart:
 
 def confusions(accuracy: Accuracy) -> Chart:
     """The most confused classes, true downwards, predicted across."""
-    names, cells = [plain(n, 18) for n in accuracy.grid_classes], accuracy.grid
+    names, cells = [brief(n, 18) for n in accuracy.grid_classes], accuracy.grid
     hover = [
         [f"{plain(a, 60)}<br>taken for {plain(b, 60)}: {cells[i][j]:,}" for j, b in enumerate(accuracy.grid_classes)]
         for i, a in enumerate(accuracy.grid_classes)
@@ -294,7 +299,7 @@ def vector_map(sampled: Sampled, drawn: Map, has_picture: Sequence[bool]) -> Cha
                 x=[_rounded(drawn.x[i]) for i in members],
                 y=[_rounded(drawn.y[i]) for i in members],
                 customdata=members,
-                name=("other classes" if top else "images") if is_rest else plain(names[c], 22),
+                name=("other classes" if top else "images") if is_rest else brief(names[c], 22),
                 mode="markers",
                 marker={
                     "color": "var(--c7)" if is_rest and top else CLASS_COLOURS[rank % len(CLASS_COLOURS)],
@@ -337,5 +342,7 @@ def class_moves(moved: Sequence[Any], before: str, after: str) -> Chart:
         values = [100 * getattr(move, key) for move in moved]
         hover = [f"{plain(n, 60)}<br>{plain(name, 60)}: {v:.2f} %" for n, v in zip(names, values, strict=True)]
         traces.append(_bar(values, hover, name=plain(name, 40), marker={"color": colour}))
-    chart = _bars(names, traces, {"title": "% of the images"}, barmode="group", showlegend=True)
+    chart = _bars(
+        [brief(name) for name in names], traces, {"title": "% of the images"}, barmode="group", showlegend=True
+    )
     return chart | {"layout": chart["layout"] | {"height": chart["layout"]["height"] + 12 * len(names)}}

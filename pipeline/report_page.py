@@ -7,6 +7,7 @@ Names, keys, labels and messages are strangers' text: everything is escaped, dat
 import base64
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from importlib.resources import files as package_files
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 import pipeline
@@ -23,7 +24,7 @@ from pipeline.distributions import CALIBRATION_BINS, LEAST_LABELLED
 from pipeline.legible import legible
 from pipeline.originals import Originals
 from pipeline.report_figures import Figures, state_of
-from pipeline.report_verdict import limits, reasons, verdict
+from pipeline.report_verdict import limits, rate, reasons, verdict
 from pipeline.vector_map import NEAR, OF_GROUP, Tile
 
 Pictures = Mapping[str, bytes]  # JPEGs by id
@@ -58,7 +59,15 @@ def page(figures: Figures, originals: Originals | None) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
-    environment.filters |= {"count": _count, "share": _share, "duration": _duration, "size": _size, "moment": _moment}
+    environment.filters |= {
+        "code": _code,
+        "count": _count,
+        "rate": rate,
+        "share": _share,
+        "duration": _duration,
+        "size": _size,
+        "moment": _moment,
+    }
     return environment.from_string(_text("report.html.j2")).render(context)
 
 
@@ -175,6 +184,11 @@ def _cards(f: Figures, pictures: Pictures) -> list[dict[str, Any]]:
 
 
 # numbers
+
+
+def _code(text: str) -> Markup:
+    """Text of ours, `so` marked parts as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _count(number: float) -> str:

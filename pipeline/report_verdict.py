@@ -26,6 +26,10 @@ def reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.items(), key=lambda one: (-one[1], one[0])))
 
 
+def rate(images_per_s: float) -> str:
+    return f"{images_per_s:,.0f}" if images_per_s >= 10 else f"{images_per_s:.1f}"
+
+
 def _plural(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
@@ -46,7 +50,7 @@ def verdict(f: Figures) -> str:
     if told["shards_embedded"]:
         fresh = _plural(told["shards_embedded"], "shard")
         of = "" if told["shards_embedded"] == told["shards"] else f" of {told['shards']:,}"
-        did = f"Embedded {fresh}{of} at {told['images_per_s']:,.0f} images/s, {_limited(told['limited_by'])}."
+        did = f"Embedded {fresh}{of} at {rate(told['images_per_s'])} images/s, {_limited(told['limited_by'])}."
     else:
         did = f"Nothing was to embed: all {_plural(told['shards'], 'shard')} were done before."
     where = f"Version {f.version.version}" if f.version else "The set"
@@ -62,10 +66,10 @@ def limits(f: Figures) -> str:
     by = f.run.result.get("limited_by") if f.run else None
     return {
         "read": "More actors read more shards at once; a nearer or faster store, or larger shards, help most.",
-        "decode": "More cores, or --feeders on other machines, decode more; --decode fast takes half the time of "
-        "exact, and scaled less for large images.",
+        "decode": "More cores, or `--feeders` on other machines, decode more; `--decode fast` takes half the time of "
+        "`exact`, and `scaled` less for large images.",
         "transfer": "Fewer, larger batches help; so does a second actor on the device.",
-        "forward": "A faster --engine, --precision bf16, or more devices help; shard2vec bench tells which.",
+        "forward": "A faster `--engine`, `--precision bf16`, or more devices help; `shard2vec bench` tells which.",
         "write": "Leave out tokens or features that nobody reads, or write to a faster store.",
         "waiting": "A run of few images or few shards starts and ends more than it works; else other programs took "
         "the cores.",

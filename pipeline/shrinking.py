@@ -1,7 +1,7 @@
 """Image bytes → small JPEGs, as far as they decode at all: rejects too, so in a process of its own.
 
 What a run refused may be a bomb or crash its decoder; here it costs its thumbnail. The process ends by its limits, and
-the next image has another. A cut image shows the part that is there.
+the next image has another one. A cut image shows the part that is there.
 """
 
 import io
@@ -24,6 +24,7 @@ SIDE = 128  # pixels, the longer one; 64 on paper, sharp on screens of two pixel
 QUALITY = 72  # 3 to 5 kB
 PIXELS = 60_000_000  # decoded at most; JPEGs are scaled down while they are
 CPU_S, WALL_S = 20, 60  # of one image
+DEATHS = 2  # over one image: the first may have been the system's doing, where memory is short
 MEMORY_BYTES = 2**30  # beyond what the process starts with
 LENGTH = struct.Struct("<Q")
 
@@ -42,13 +43,14 @@ class Shrinker:
     def __call__(self, data: bytes) -> bytes | None:
         """A JPEG of at most `SIDE` pixels a side; None of what does not decode."""
         with self._one:
-            try:
-                self._process = self._process or _start(self._formats)
-                _write(cast(BinaryIO, self._process.stdin), data)
-                return _read(cast(BinaryIO, self._process.stdout)) or None
-            except (OSError, EOFError):
-                self._end()
-                return None
+            for _ in range(DEATHS):
+                try:
+                    self._process = self._process or _start(self._formats)
+                    _write(cast(BinaryIO, self._process.stdin), data)
+                    return _read(cast(BinaryIO, self._process.stdout)) or None
+                except (OSError, EOFError):
+                    self._end()
+        return None
 
     def _end(self) -> None:
         if self._process is not None:
