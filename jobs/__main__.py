@@ -9,7 +9,22 @@ from contextlib import suppress
 import stamina
 import typer
 
-from jobs import bench, compare, demo, describe, embed, exits, files, gc, job_file, report, status, verify
+from jobs import (
+    bench,
+    compare,
+    demo,
+    describe,
+    embed,
+    exits,
+    files,
+    gc,
+    job_file,
+    reembed,
+    report,
+    rollback,
+    status,
+    verify,
+)
 from pipeline.errors import UsageError
 
 app = typer.Typer(
@@ -20,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, embed, status, files, verify, describe, bench, compare, gc, report):
+for verb in (demo, embed, reembed, status, files, verify, describe, bench, compare, report, rollback, gc):
     app.command(verb.__name__.rpartition(".")[2])(getattr(verb, verb.__name__.rpartition(".")[2]))
 
 

@@ -57,11 +57,8 @@ def _show(found: "Drift") -> None:
             meaning += f"; by chance {found.overlap_by_chance:.4f}"
         elif name == "mean_cosine" and not found.same_weights:
             meaning += "; the weights differ"
-        print(
-            f"  {name:<15} {value:>+9.4f}  {meaning}"
-            if name == "norm_shift"
-            else f"  {name:<15} {value:>9.4f}  {meaning}"
-        )
+        sign = "+" if name == "norm_shift" else ""
+        print(f"  {name:<15} {value:>{sign}9.4f}  {meaning}")
     for move in found.moved:
         name = f"{move.name} ({move.index})" if move.name else f"class {move.index}"
         print(f"    {move.share_a:>7.2%} → {move.share_b:>7.2%}  {name}")

@@ -10,6 +10,7 @@ import typer
 from pipeline.errors import StorageError, UsageError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+AGAIN = "interrupted; run the same command to go on"
 
 
 def say(text: str) -> None:
@@ -30,13 +31,16 @@ def run(verb: Callable[[], int], as_json: bool) -> None:
         code = verb()
     except BrokenPipeError:
         code = FAILED  # the reader of our output has left, as `| head` does
-    except UsageError as e:
-        code = _failed(USAGE, str(e), as_json)
-    except (StorageError, OSError) as e:
-        code = _failed(FAILED, str(e), as_json)
-    except KeyboardInterrupt:
-        code = _failed(INTERRUPTED, "interrupted; run the same command to go on", as_json)
+    except (UsageError, StorageError, OSError, KeyboardInterrupt) as e:
+        code = _failed(ending(e)[0], str(e) or AGAIN, as_json)
     raise typer.Exit(code)
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """The exit code that such an end has, and its name."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    return USAGE if isinstance(error, UsageError) else FAILED, "failed"
 
 
 def _failed(code: int, message: str, as_json: bool) -> int:

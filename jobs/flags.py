@@ -40,3 +40,12 @@ def pool(text: str | None) -> tuple[int, int] | None:
     if not least.isdecimal() or (colon and not most.isdecimal()):
         raise UsageError(f"--actors {text}: must be N or MIN:MAX")
     return int(least), int(most or least)
+
+
+def keep(text: str) -> int | None:
+    """None: all."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"--keep {text}: must be a whole number, or all")
+    return int(text)

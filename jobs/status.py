@@ -30,7 +30,7 @@ def status(
 
 
 def _look(output: str) -> dict[str, Any]:
-    from pipeline import progress, versions
+    from pipeline import lease, progress, versions
 
     root = versions.existing_output(output)
     current = versions.read_version(root)
@@ -42,6 +42,7 @@ def _look(output: str) -> dict[str, Any]:
     runs = progress.read_notes(root)
     alive = [r for r in runs if progress.is_alive(r)]
     last = runs[-1] if runs else None
+    held = lease.holder(root)
     return {
         "output": root.url,
         "version": current.version if current else None,
@@ -51,6 +52,7 @@ def _look(output: str) -> dict[str, Any]:
             name: {"shards_done": n, "current": bool(current and current.set == name)} for name, n in done.items()
         },
         "running": [asdict(r) for r in alive],
+        "lease": str(held) if held else None,
         "last_run": asdict(last) | {"state": _state(last, alive)} if last else None,
     }
 
@@ -64,7 +66,8 @@ def _show(found: dict[str, Any]) -> None:
     if current:
         rejects = sum(current["rejects"].values())
         reasons = ", ".join(f"{n} {reason}" for reason, n in current["rejects"].items())
-        print(f"version {current['version']} of {found['output']}, {current['created']}, set {current['set']}")
+        back = f", rolled back to version {current['rolled_back']['to']}" if current["rolled_back"] else ""
+        print(f"version {current['version']} of {found['output']}, {current['created']}, set {current['set']}{back}")
         print(
             f"  {current['shards']:,} shards, {current['samples']:,} samples: {current['rows']:,} rows, "
             f"{rejects:,} rejects{f' ({reasons})' if reasons else ''}"
@@ -79,6 +82,8 @@ def _show(found: dict[str, Any]) -> None:
             f"running on {run['host']} (pid {run['pid']}): {finished:,} of {run['shards']:,} shards, "
             f"{run['images']:,} images, {run['images_per_s']:,.0f}/s, {run['rejects']:,} rejected"
         )
+    if found["lease"]:
+        print(f"lease of a scheduled job: held by {found['lease']}")
     last = found["last_run"]
     if last and not found["running"]:
         ago = round(time.time() - last["updated"])

@@ -41,7 +41,8 @@ QUERIES_AT_ONCE = 256  # 20 MB of scores
 MOVED = 10  # classes named
 
 
-class ClassMove(NamedTuple):
+@dataclass(frozen=True)
+class ClassMove:
     """One class's share of the images, by first class, on each side."""
 
     index: int
@@ -75,8 +76,7 @@ class Drift:
 
     def as_dict(self) -> dict[str, Any]:
         """The object of `compare --json`, rounded to 6 digits."""
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
-        return rounded | {"moved": [move._asdict() for move in self.moved]}
+        return {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +326,7 @@ def _measures(a: _Rows, b: _Rows, facts: tuple[dict[str, Any], dict[str, Any]]) 
     else:
         assert a.top1 is not None and b.top1 is not None
         found["top1_agreement"] = float((a.top1 == b.top1).mean())
-        counts = [np.bincount(r.top1, minlength=facts[0]["classes"]) for r in (a, b)]
+        counts = [np.bincount(top1, minlength=facts[0]["classes"]) for top1 in (a.top1, b.top1)]
         found["class_shift"] = float(np.abs(counts[1] - counts[0]).sum() / (2 * n))
         found["moved"] = _moved(counts[0], counts[1], a.names | b.names)
     return found | {"unmeasured": unmeasured}

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -17,11 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.embed import Receipt
 from pipeline.errors import StorageError
+from pipeline.flow import ordered
 from pipeline.output import Root
 
 LINE_EVERY_S = 10.0  # without a terminal
 NOTE_EVERY_S = 10.0
 ALIVE_S = 120.0  # a run whose note is older than this is taken for dead
+UNFINISHED_S = 7 * 86400.0  # days of a GPU's work may lie in a set that waits for somebody to come back on Monday
+NOTES_AT_ONCE = 32
 
 
 @dataclass
@@ -168,13 +172,34 @@ class Note:
         self._write()
 
 
-def read_notes(root: Root) -> list[State]:
-    """The runs that left a note, oldest first; one that cannot be read tells nothing and is passed over."""
-    notes = []
-    for name in sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json")):
+def read_notes(root: Root, newest: int | None = None) -> list[State]:
+    """The runs that left a note, oldest first; one that cannot be read tells nothing and is passed over.
+
+    `newest`: so many at most.
+    """
+    names = sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json"))
+
+    def read(name: str) -> State | None:
         with suppress(ValueError, TypeError, FileNotFoundError):
-            notes.append(State(**json.loads(root.read(name))))
-    return notes
+            return State(**json.loads(root.read(name)))
+        return None
+
+    return [note for note in ordered(read, names[-(newest or len(names) + 1) :], NOTES_AT_ONCE) if note]
+
+
+def sets_in_use(notes: Iterable[State]) -> set[str]:
+    """Sets that a run writes now, or that one began in the last week and has not finished: it may go on from there.
+
+    `notes`: oldest first.
+    """
+    notes = list(notes)
+    unfinished: set[str] = set()
+    for note in notes:
+        if note.state == "committed":
+            unfinished.discard(note.set)
+        elif time.time() - note.updated < UNFINISHED_S:
+            unfinished.add(note.set)
+    return unfinished | {note.set for note in notes if is_alive(note)}
 
 
 def is_alive(state: State) -> bool:

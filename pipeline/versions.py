@@ -46,6 +46,7 @@ class Version:
     rejects: dict[str, int]
     created: str
     removed: list[str] = field(default_factory=list)  # shards of the version before that are gone from the input
+    rolled_back: dict[str, Any] = field(default_factory=dict)  # to which version and from what: `rollback.roll_back`
 
 
 def file_name(folder: str, kind: str, shard: str, etag: str) -> str:
@@ -251,14 +252,14 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: FileList) -
         ],
         pa.string(),
     )
-    sizes = _sizes(root, f"{folder}/embeddings", names)
+    sizes = sizes_of(root, f"{folder}/embeddings", names)
     if sizes.null_count:
         absent = shards[pc.index(pc.is_null(sizes), True).as_py()].name
         raise StorageError(f"{sizes.null_count} of {len(shards)} shards have no output yet, among them {absent}")
     found = known.table.take(pc.index_in(names, value_set=known.column("embeddings")))
     is_known = pc.equal(found["embeddings_bytes"], sizes)
     for kind in FileList(found).kinds()[1:]:
-        is_there = pc.equal(found[f"{kind}_bytes"], _sizes(root, f"{folder}/{kind}", found[kind]))
+        is_there = pc.equal(found[f"{kind}_bytes"], sizes_of(root, f"{folder}/{kind}", found[kind]))
         is_known = pc.and_kleene(is_known, pc.or_kleene(pc.is_null(found[kind]), is_there))
     unknown = np.flatnonzero(~pc.fill_null(is_known, False).to_numpy())
     if len(unknown):
@@ -273,7 +274,7 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: FileList) -
     return files
 
 
-def _sizes(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
+def sizes_of(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
     """The bytes of each named object in a fresh listing of the folder; null where it is not there."""
     there = root.list(folder)
     listed, sizes = pa.array(list(there), pa.string()), pa.array(list(there.values()), pa.int64())
@@ -281,37 +282,63 @@ def _sizes(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def commit(
-    root: Root, set_name: str, files: Iterable[ShardFiles], stays: Callable[[Version], bool] = lambda before: False
+    root: Root,
+    set_name: str,
+    files: Iterable[ShardFiles],
+    stays: Callable[[Version | None], bool] = lambda before: False,
 ) -> Version | None:
     """Makes the files the current version, unless they already are; the version appears by one create-only write.
 
-    None, and nothing done, where the version before `stays`; that is asked again after a lost race.
+    None, and nothing done, where the version before `stays`; that is asked again after a lost race. It is None where
+    there is no version yet.
     """
     listed = FileList.of(files)
-    list_name = f"versions/files-{digest(set_name, listed.identity())}.parquet"
+    name = list_name(set_name, listed)
     total = listed.totals
-    for _ in range(COMMIT_TRIES):
-        before = read_version(root)
-        if before is not None and before.set == set_name and before.files == list_name:
+
+    def after(before: Version | None) -> Version | None:
+        if before is not None and before.set == set_name and before.files == name:
             return before
-        if before is not None and stays(before):
+        if stays(before):
             return None
-        root.put_new(list_name, listed.encode())
-        version = Version(
+        root.put_new(name, listed.encode())
+        return Version(
             version=before.version + 1 if before else 1,
             set=set_name,
-            files=list_name,
+            files=name,
             shards=len(listed),
             samples=total.samples,
             rows=total.rows,
             rejects=dict(sorted(total.rejects.items())),
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created=now(),
             removed=removed(root, before, set_name, set(listed.column("shard").to_pylist())),
         )
-        content = json.dumps(asdict(version), indent=1).encode()
-        if root.put_new(version_name(version.version), content):
+
+    return append(root, after)
+
+
+def append(root: Root, after: Callable[[Version | None], Version | None]) -> Version | None:
+    """Puts the version that `after` makes of the one before, create-only; it is asked again after a lost race.
+
+    Where it gives None, or the version before, that is returned and nothing is put.
+    """
+    for _ in range(COMMIT_TRIES):
+        before = read_version(root)
+        version = after(before)
+        if version is None or version == before:
+            return version
+        if root.put_new(version_name(version.version), json.dumps(asdict(version), indent=1).encode()):
             return version
     raise StorageError(f"lost the race for a version number {COMMIT_TRIES} times: too many drivers on {root.url}")
+
+
+def list_name(set_name: str, files: FileList) -> str:
+    """Where the list of these files of the set lies: equal lists have one name."""
+    return f"versions/files-{digest(set_name, files.identity())}.parquet"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def removed(root: Root, before: Version | None, set_name: str, shards: set[str]) -> list[str]:

@@ -108,7 +108,10 @@ def test_required_flags_are_asked_for() -> None:
     assert call("embed")[0::2] == (2, "shard2vec: --input is missing: see `shard2vec embed --help`\n")
 
 
-@pytest.mark.parametrize("verb", ["demo", "embed", "status", "files", "verify", "describe", "bench", "compare", "gc"])
+VERBS = ["demo", "embed", "reembed", "status", "files", "verify", "describe", "bench", "compare", "rollback", "gc"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_shows_a_working_example(verb: str) -> None:
     """--help says what the verb does and ends with a command to copy."""
     code, out, _ = call(verb, "--help")
