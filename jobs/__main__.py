@@ -18,10 +18,13 @@ from jobs import (
     exits,
     files,
     gc,
+    index,
     job_file,
+    near_duplicates,
     reembed,
     report,
     rollback,
+    search,
     status,
     verify,
 )
@@ -35,8 +38,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, embed, reembed, status, files, verify, describe, bench, compare, report, rollback, gc):
-    app.command(verb.__name__.rpartition(".")[2])(getattr(verb, verb.__name__.rpartition(".")[2]))
+for verb in (
+    demo, embed, reembed, status, files, verify, describe, index, search, near_duplicates, compare, report, bench,
+    rollback, gc,
+):  # fmt: skip
+    name = verb.__name__.rpartition(".")[2]
+    app.command(name.replace("_", "-"))(getattr(verb, name))
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ from pipeline.lists import FileList
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
 from pipeline.receipts import Ledger
-from pipeline.rows import package_versions
 from pipeline.result import (
     COMMITTED,
     ENDS,
@@ -34,6 +33,7 @@ from pipeline.result import (
     report,
     summary,
 )
+from pipeline.rows import package_versions
 from pipeline.sets import check_device, vector_set
 from pipeline.speed import Means, Sums
 from pipeline.watch import Failed, Stalled, watch
