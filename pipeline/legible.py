@@ -15,6 +15,11 @@ def legible(text: str, most: int = MOST_CHARS) -> str:
     return shorten(shown, most)
 
 
+def first_synonym(name: str, most: int) -> str:
+    """Of a class with several, as ImageNet's have them, the first where all are too long; no longer than `most`."""
+    return shorten(name if len(name) <= most else name.split(",")[0], most)
+
+
 def shorten(text: str, most: int) -> str:
     """Both ends, where names differ, and an ellipsis between them."""
     if len(text) <= most:

@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from pipeline.distributions import Accuracy, Distributions, Histogram
-from pipeline.legible import legible
+from pipeline.legible import first_synonym, legible
 from pipeline.rejected import Rejected
 from pipeline.timeline import Timeline
 from pipeline.vector_map import NEAR, Duplicates, Map, Sampled
@@ -44,8 +44,7 @@ def plain(text: str, most: int = LABEL_CHARS) -> str:
 
 
 def brief(name: str, most: int = LABEL_CHARS) -> str:
-    """Of a class with synonyms, as ImageNet's have them, the first where all are too long."""
-    return plain(name if len(name) <= most else name.split(",")[0], most)
+    return plain(first_synonym(name, most), most)
 
 
 def _chart(

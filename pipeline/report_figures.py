@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import progress, vector_map, versions
+from pipeline import indexed, progress, vector_map, versions
 from pipeline.compare import Drift, compare
 from pipeline.distributions import Distributions, distributions
 from pipeline.errors import StorageError, UsageError
@@ -64,6 +64,7 @@ class Figures:
     sampled: Sampled | None = None
     map: Map | None = None
     neighbours: list[Neighbours] = field(default_factory=list)
+    neighbours_how: str = ""  # a sentence on what they were sought in
     duplicates: Duplicates | None = None
     change: Change | None = None
     drift: Drift | None = None
@@ -80,6 +81,7 @@ def gather(root: Root, *, version: int | None = None, run: str | None = None) ->
     absent: dict[str, str] = {}
     sampled = _sampled(root, files, described, absent)
     drawn = vector_map.project(sampled) if sampled else None
+    whole = _whole(root, committed, sampled, drawn) if sampled and drawn else None
     change, drift = _since(root, committed, files, absent)
     return Figures(
         output=root.url,
@@ -94,8 +96,9 @@ def gather(root: Root, *, version: int | None = None, run: str | None = None) ->
         rejected=rejected(root, files),
         sampled=sampled,
         map=drawn,
-        neighbours=vector_map.neighbours(sampled, drawn) if sampled and drawn else [],
-        duplicates=vector_map.duplicates(sampled) if sampled else None,
+        neighbours=whole.neighbours if whole else [],
+        neighbours_how=whole.how if whole else "",
+        duplicates=whole.duplicates if whole else None,
         change=change,
         drift=drift,
         absent=absent,
@@ -199,6 +202,11 @@ def _sampled(root: Root, files: FileList, described: dict[str, Any], absent: dic
         if found is None:
             absent["vectors"] = "There are no rows."
     return found
+
+
+def _whole(root: Root, committed: Version | None, sampled: Sampled, drawn: Map) -> indexed.Whole:
+    near, copies = vector_map.neighbours(sampled, drawn), vector_map.duplicates(sampled)
+    return indexed.of_version(root, committed, sampled, near, copies)
 
 
 def _since(

@@ -27,6 +27,7 @@ from pipeline.report_figures import Figures, state_of
 from pipeline.report_verdict import limits, rate, reasons, verdict
 from pipeline.vector_map import NEAR, OF_GROUP, Tile
 
+BRIEF_CHARS = 40  # of a class in a table
 Pictures = Mapping[str, bytes]  # JPEGs by id
 
 

@@ -5,7 +5,7 @@ Everything is exact within it.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -81,10 +81,11 @@ class Duplicates:
     edges: list[float]
     nearest: list[int]
     median: float
-    images: int  # in any group
+    among: int  # vectors that were compared
+    images: int  # of these, in any group
     count: int  # of groups
     groups: list[list[Tile]]  # the largest, those of one size by similarity
-    least: list[float]  # of each shown group: the lowest cosine that joined it
+    least: list[float]  # of each shown group: every member has another at this cosine or a higher one
 
 
 def sample(root: Root, files: FileList) -> Sampled | None:
@@ -208,7 +209,7 @@ def duplicates(sampled: Sampled) -> Duplicates | None:
         return None
     vectors, kept = unit(sampled.vectors), min(CLOSEST_KEPT, len(sampled) - 1)
     nearest = np.empty(len(vectors), np.float32)
-    edges = list[tuple[float, int, int]]()
+    edges = list[tuple[int, int]]()
     for at in range(0, len(vectors), ROWS_AT_ONCE):
         block = vectors[at : at + ROWS_AT_ONCE] @ vectors.T
         here = np.arange(len(block))
@@ -217,8 +218,8 @@ def duplicates(sampled: Sampled) -> Duplicates | None:
         values = np.take_along_axis(block, closest, axis=1)
         nearest[at : at + len(block)] = values.max(axis=1)
         for i, j in zip(*np.nonzero(values >= NEAR), strict=True):
-            edges.append((float(values[i, j]), at + int(i), int(closest[i, j])))
-    groups = _groups(edges, len(vectors))
+            edges.append((at + int(i), int(closest[i, j])))
+    groups = sorted(_groups(edges, len(vectors)), key=lambda members: (-len(members), -nearest[members].min()))
     bins = np.linspace(np.floor(20 * min(NEAR, float(nearest.min()))) / 20, 1, SIMILARITY_BINS + 1)
     counts, _ = np.histogram(np.clip(nearest, bins[0], 1), bins)
     shown = groups[:GROUPS]
@@ -226,17 +227,17 @@ def duplicates(sampled: Sampled) -> Duplicates | None:
         edges=bins.tolist(),
         nearest=counts.tolist(),
         median=float(np.median(nearest)),
-        images=sum(len(members) for _, members in groups),
+        among=len(sampled),
+        images=sum(map(len, groups)),
         count=len(groups),
-        groups=[[sampled.tile(i) for i in members] for _, members in shown],
-        least=[lowest for lowest, _ in shown],
+        groups=[[sampled.tile(i) for i in members] for members in shown],
+        least=[float(nearest[members].min()) for members in shown],
     )
 
 
-def _groups(edges: list[tuple[float, int, int]], n: int) -> list[tuple[float, list[int]]]:
-    """The lowest cosine that joined each group, and its members; the largest first, then the closest."""
+def _groups(edges: list[tuple[int, int]], n: int) -> list[list[int]]:
+    """The members of each, in order."""
     parent = list(range(n))
-    lowest: dict[int, float] = {}
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -244,13 +245,10 @@ def _groups(edges: list[tuple[float, int, int]], n: int) -> list[tuple[float, li
             i = parent[i]
         return i
 
-    for similarity, i, j in sorted(edges, reverse=True):
+    for i, j in edges:
         a, b = root(i), root(j)
-        if a != b:
-            parent[max(a, b)] = min(a, b)
-            lowest[min(a, b)] = similarity
+        parent[max(a, b)] = min(a, b)
     members = dict[int, list[int]]()
-    for i in {k for _, *pair in edges for k in pair}:
+    for i in sorted({place for edge in edges for place in edge}):
         members.setdefault(root(i), []).append(i)
-    found: list[Any] = [(lowest[r], sorted(group)) for r, group in members.items()]
-    return sorted(found, key=lambda group: (-len(group[1]), -group[0], group[1]))
+    return list(members.values())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.legible import legible, shorten
+from pipeline.legible import first_synonym, legible, shorten
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,12 @@ from pipeline.legible import legible, shorten
 )
 def test_what_is_shown(text: str, shown: str) -> None:
     assert legible(text) == shown
+
+
+def test_a_class_of_many_names_goes_by_its_first() -> None:
+    assert first_synonym("wallet, billfold, notecase", 24) == "wallet"
+    assert first_synonym("crane, bird", 24) == "crane, bird"
+    assert first_synonym("x" * 30 + ", y", 9) == "xxxx…xxxx"
 
 
 def test_long_text_keeps_both_ends() -> None:

@@ -94,7 +94,7 @@ def test_near_duplicates_are_joined_in_groups(monkeypatch: pytest.MonkeyPatch) -
     chain = [at(d, 0) for d in (0, 12, 24)]  # neighbours at cos 12° = 0.978, ends at cos 24° = 0.914
     pair, lone = [at(0, 1), 7 * at(1, 1)], [at(0, 2), at(50, 2)]
     found = duplicates(sampled(np.array([chain[0], pair[0], lone[0], chain[2], pair[1], chain[1], lone[1]])))
-    assert found is not None and (found.count, found.images) == (2, 5)
+    assert found is not None and (found.count, found.images, found.among) == (2, 5, 7)
     assert [[t.id for t in group] for group in found.groups] == [["s/k0", "s/k3", "s/k5"], ["s/k1", "s/k4"]]
     assert found.least == pytest.approx([np.cos(np.radians(12)), np.cos(np.radians(1))], abs=1e-5)
     assert sum(found.nearest) == 7 and found.median == pytest.approx(np.cos(np.radians(12)), abs=1e-5)
