@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 import pipeline
 from pipeline import report_charts as charts
 from pipeline.distributions import CALIBRATION_BINS, LEAST_LABELLED
-from pipeline.legible import legible
+from pipeline.legible import first_synonym, legible
 from pipeline.originals import Originals
 from pipeline.report_figures import Figures, state_of
 from pipeline.report_verdict import limits, rate, reasons, verdict
@@ -61,6 +61,7 @@ def page(figures: Figures, originals: Originals | None) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
     environment.filters |= {
+        "brief": lambda name: first_synonym(name, BRIEF_CHARS),
         "code": _code,
         "count": _count,
         "rate": rate,

@@ -187,9 +187,7 @@ def page(browser: Any, made: Report) -> Iterator[Any]:
 
 def show(page: Any, made: Report) -> None:
     page.goto(Path(made.path).resolve().as_uri())
-    page.wait_for_selector(
-        "html[data-drawn=yes]",
-    )
+    page.wait_for_selector("html[data-drawn=yes]")
 
 
 MARKS = ".bars path, .scatterlayer .points path, .scatterlayer .js-line, .scatterlayer .js-fill, .heatmaplayer image"
