@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.flow import ordered
 from pipeline.lists import FileList
 from pipeline.output import Root
+from pipeline.parquet_files import open_parquet
 
 MOST_ROWS = 10_000_000  # 21 bytes each are held
 MOST_FILES = 20_000  # at 32 a moment, a few minutes of a store's answers
@@ -117,8 +117,8 @@ class _Names:
         """Reads the names of these, a file for several; one that nobody names keeps its number."""
         wanted = {c for c in classes if c not in self.known}
         for place in sorted({self.seen_in[c] for c in wanted if c in self.seen_in}):
-            with self.root.open(self.paths[place]) as f:
-                table = pq.read_table(f, columns=["topk_index", "topk_label"])
+            with open_parquet(self.root, self.paths[place]) as file:
+                table = file.read(columns=["topk_index", "topk_label"])
             index = _flat(table["topk_index"]).astype(np.int64)
             classes_here, firsts = np.unique(index, return_index=True)
             labels = table["topk_label"].combine_chunks().flatten()
@@ -187,8 +187,7 @@ def _evenly(rows: np.ndarray) -> np.ndarray:
 
 def _read(root: Root, path: str, size: int) -> tuple[_Columns, list[int]]:
     """The file's columns, and the classes that any of its rows has."""
-    with root.open(path, size) as f:
-        file = pq.ParquetFile(f)
+    with open_parquet(root, path, size) as file:
         table = file.read(columns=[c for c in COLUMNS if c in file.schema_arrow.names])
     n, norm = table.num_rows, table["norm"].to_numpy().astype(np.float32)
     label = table["label"].fill_null(-1).to_numpy().astype(np.int32)

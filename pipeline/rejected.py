@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.flow import ordered
 from pipeline.lists import FileList
 from pipeline.output import Root
+from pipeline.parquet_files import open_parquet
 
 EXAMPLES = 6  # of each reason
 SHARDS_A_REASON = 3  # read for them
@@ -68,8 +68,8 @@ def _paths(files: FileList, reasons: set[str]) -> list[str]:
 
 def _read(root: Root, path: str) -> list[Example]:
     """At most `EXAMPLES` of each reason in one file."""
-    with root.open(path) as f:
-        table = pq.read_table(f, columns=["id", "shard", "stage", "reason", "message", "bytes"])
+    with open_parquet(root, path) as file:
+        table = file.read(columns=["id", "shard", "stage", "reason", "message", "bytes"])
     found = list[Example]()
     for reason in pc.unique(table["reason"]).to_pylist():
         rows = table.filter(pc.equal(table["reason"], reason)).slice(0, EXAMPLES)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import indexed, progress, vector_map, versions
 from pipeline.compare import Drift, compare
@@ -21,6 +20,7 @@ from pipeline.errors import StorageError, UsageError
 from pipeline.journal import Journal
 from pipeline.lists import FileList
 from pipeline.output import Root
+from pipeline.parquet_files import open_parquet
 from pipeline.progress import State
 from pipeline.receipts import read_receipts
 from pipeline.rejected import Rejected, rejected
@@ -73,7 +73,7 @@ class Figures:
 
 def gather(root: Root, *, version: int | None = None, run: str | None = None) -> Figures:
     """Raises `UsageError` for a version or a run that the output does not have, and where there is neither."""
-    notes = progress.read_notes(root)
+    notes = [note for note in progress.read_notes(root) if _is_whole(note)]
     note, committed = _choose(root, notes, run, version)
     set_name = committed.set if committed else note.set if note else ""
     described = versions.described(root, set_name)
@@ -145,6 +145,11 @@ def _so_far(root: Root, set_name: str) -> FileList:
     return FileList(files.table.take(pa.array(np.sort(firsts), pa.int64())))
 
 
+def _is_whole(note: State) -> bool:
+    """An altered note tells nothing, as a damaged one."""
+    return note.state != "committed" or {"shards", "shards_embedded", "images_per_s", "version"} <= note.result.keys()
+
+
 def _line(note: State) -> dict[str, Any]:
     told = ("version", "shards_embedded", "rows", "seconds", "images_per_s", "limited_by", "top1", "top5", "labelled")
     line = {"name": note.name, "state": state_of(note), "set": note.set, "started": note.started}
@@ -168,8 +173,8 @@ def _class_names(described: dict[str, Any]) -> Sequence[str]:
 def _packages(root: Root, files: FileList) -> dict[str, str]:
     """Out of the first file's metadata."""
     for name in files.names("embeddings"):
-        with root.open(name) as f:
-            told = (pq.read_metadata(f).metadata or {}).get(f"{PREFIX}packages".encode(), b"{}")
+        with open_parquet(root, name) as file:
+            told = (file.metadata.metadata or {}).get(f"{PREFIX}packages".encode(), b"{}")
         return dict(json.loads(told))
     return {}
 

@@ -45,7 +45,7 @@ def verdict(f: Figures) -> str:
         return f"Version {f.version.version} holds {_plural(total.rows, 'row')}; {rejects}."
     told = f.run.result
     if f.run.state != "committed":
-        so_far = f"Of its set there are {_plural(total.rows, 'row')} in {_plural(len(f.files), 'shard')}; {rejects}."
+        so_far = f"Its set has {_plural(total.rows, 'row')} in {_plural(len(f.files), 'shard')}; {rejects}."
         return f"The run {ENDS.get(state_of(f.run), state_of(f.run))}. {so_far}"
     if told["shards_embedded"]:
         fresh = _plural(told["shards_embedded"], "shard")

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.flow import ordered
 from pipeline.lists import FileList, ShardFiles
 from pipeline.output import Root
+from pipeline.parquet_files import open_parquet
 
 SAMPLE_ROWS = 10_000  # 40 MB of 1024-d; all pairs of them take a core some seconds
 SAMPLE_SHARDS = (40, 400)  # at least, where there are so many; at most, where shards are small
@@ -124,8 +124,7 @@ def _choose(files: FileList) -> tuple[list[ShardFiles], int]:
 
 
 def _read(root: Root, f: ShardFiles, most: int) -> pa.Table:
-    with root.open(f.embeddings, f.sizes["embeddings"]) as source:
-        file = pq.ParquetFile(source)
+    with open_parquet(root, f.embeddings, f.sizes["embeddings"]) as file:
         wanted = ["id", "shard", "label", "embedding", "topk_index", "topk_score", "topk_label"]
         columns = [c for c in wanted if c in file.schema_arrow.names]
         groups = file.num_row_groups

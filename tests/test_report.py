@@ -112,9 +112,7 @@ def test_a_refused_run_tells_why_and_what_it_has(output: Path) -> None:
     root = Root(str(output / "out"))
     made = report(root)
     assert made.json["state"] == "refused" and made.json["version"] is None
-    assert made.json["verdict"].startswith(
-        "The run was refused by a gate. Of its set there are 24 rows in 4 shards; 5 "
-    )
+    assert made.json["verdict"].startswith("The run was refused by a gate. Its set has 24 rows in 4 shards; 5 ")
     assert Path(made.path).parent == output / "out" / "reports" and Path(made.path).stat().st_size == made.json["bytes"]
     page = Path(made.path).read_text()
     assert "--max-reject-rate is 0.00%" in page and "name the input again" in page
