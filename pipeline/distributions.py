@@ -18,8 +18,8 @@ from pipeline.output import Root
 from pipeline.parquet_files import open_parquet
 
 MOST_ROWS = 10_000_000  # 21 bytes each are held
-MOST_FILES = 20_000  # at 32 a moment, a few minutes of a store's answers
-AT_ONCE = 32
+MOST_FILES = 20_000  # at 16 a moment, a few minutes of a store's answers
+AT_ONCE = 16
 COLUMNS = ("label", "norm", "topk_index", "topk_score")
 NORM_BINS, CONFIDENCE_BINS, CALIBRATION_BINS = 40, 25, 10
 CLASSES, WORST, CONFUSIONS, GRID = 20, 12, 12, 10  # shown
