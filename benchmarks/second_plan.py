@@ -27,7 +27,7 @@ import made  # noqa: E402
 import torch  # noqa: E402
 from containers import write_tar  # noqa: E402
 
-from pipeline import actors, head  # noqa: E402
+from pipeline import cluster, head  # noqa: E402
 from pipeline.actors import ray  # noqa: E402
 from pipeline.backbone import Vectors  # noqa: E402
 from pipeline.config import RunConfig  # noqa: E402
@@ -83,7 +83,7 @@ def machine_model(asked: argparse.Namespace, shards: list[Shard]) -> None:
     cores = os.cpu_count() or 1
     plans = {"alone": 0} | {f"fed by {n}": n for n in sorted({max(1, cores - 1), cores})}
     speeds: dict[str, list[float]] = {plan: [] for plan in plans}
-    with actors.local_ray(2 * cores):
+    with cluster.local_ray(2 * cores):
         remote = ray.remote(num_cpus=0)(PinnedActor)
         pool = {p: remote.remote(asked.model, asked.decode, asked.device_images_per_s, n) for p, n in plans.items()}
         for n in range(asked.rounds + 1):

@@ -26,6 +26,7 @@ from jobs import (
     rollback,
     search,
     status,
+    submit,
     verify,
 )
 from pipeline.errors import UsageError
@@ -39,11 +40,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for verb in (
-    demo, embed, reembed, status, files, verify, describe, index, search, near_duplicates, compare, report, bench,
-    rollback, gc,
+    demo, embed, reembed, status, files, verify, describe, submit, index, search, near_duplicates, compare, report,
+    bench, rollback, gc,
 ):  # fmt: skip
     name = verb.__name__.rpartition(".")[2]
-    app.command(name.replace("_", "-"))(getattr(verb, name))
+    app.command(name.replace("_", "-"), context_settings=getattr(verb, "SETTINGS", None))(getattr(verb, name))
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ def embed(asked: EmbedFlags) -> None:
             exits.print_json(result.json)
         return result.exit_code
 
-    # Ray, while torch is imported
-    with head.starting(not asked.dry_run and head.is_early(asked.output), max(0, asked.feeders)):
+    # While torch is imported Ray starts, or the cluster is asked.
+    is_early = not asked.dry_run and head.is_early(asked.output)
+    address = asked.ray
+    with head.reaching(address) if address else head.starting(is_early, max(0, asked.feeders or 0)):
         exits.run(body, asked.json)

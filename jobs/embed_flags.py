@@ -56,19 +56,25 @@ class EmbedFlags:
     actors: Annotated[str | None, typer.Option(help="Pool size N or MIN:MAX [for this machine]")] = None
     gpus_per_actor: Annotated[float | None, typer.Option(help="Fractions allowed [by the cores of each GPU]")] = None
     feeders: Annotated[
-        int, typer.Option(help="Processes that read and decode for actors with few cores; 0: actors do so themselves")
-    ] = 0
+        int | None, typer.Option(help="Processes that read and decode for the actors; 0: none [by the nodes' CPUs]")
+    ] = None
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto"
-    ray_address: Annotated[str | None, typer.Option(help="A running cluster [a local one is started]")] = None
+    ray_address: Annotated[
+        str | None, typer.Option(help="A running cluster, auto or host:port [a local one is started]")
+    ] = None
     max_reject_rate: Annotated[float, typer.Option(help="Above it: exit 3, no version")] = 0.01
     stall_timeout: Annotated[float, typer.Option(help="Seconds without progress before the run ends with 4")] = 600
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, do nothing")] = False
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, last")] = False
     config: Annotated[str | None, typer.Option(help="A YAML file of these flags; the command line wins")] = None
 
+    @property
+    def ray(self) -> str | None:
+        """The cluster's address, by the flag or by Ray's own variable; None: a Ray of this machine alone."""
+        return flags.ray_address(self.ray_address)
+
     def run_config(self, verb: str) -> "RunConfig":
         """Raises `UsageError` naming the flag that is missing or the value that cannot be."""
-        _refuse_unavailable(ray_address=self.ray_address)
         for flag, value in (("--input", self.input), ("--output", self.output), ("--model", self.model)):
             if not value:
                 raise UsageError(f"{flag} is missing: see `shard2vec {verb} --help`")
@@ -106,6 +112,7 @@ class EmbedFlags:
             gpus_per_actor=self.gpus_per_actor,
             feeders=self.feeders,
             device=self.device,
+            ray_address=self.ray,
             max_reject_rate=self.max_reject_rate,
             stall_timeout_s=self.stall_timeout,
             dry_run=self.dry_run,
@@ -129,9 +136,3 @@ def takes_embed_flags(verb: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
     return command
-
-
-def _refuse_unavailable(*, ray_address: str | None) -> None:
-    """What the contract names and this version does not do yet is refused, never ignored."""
-    if ray_address is not None:
-        raise UsageError(f"--ray-address {ray_address} is not available yet: leave it out to use a local Ray")

@@ -32,15 +32,16 @@ def run(verb: Callable[[], int], as_json: bool) -> None:
     except BrokenPipeError:
         code = FAILED  # the reader of our output has left, as `| head` does
     except (UsageError, StorageError, OSError, KeyboardInterrupt) as e:
-        code = _failed(ending(e)[0], str(e) or AGAIN, as_json)
+        code, message = ending(e)
+        code = _failed(code, message, as_json)
     raise typer.Exit(code)
 
 
 def ending(error: BaseException) -> tuple[int, str]:
-    """The exit code that such an end has, and its name."""
+    """The exit code of a verb that ends so, and a sentence."""
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted"
-    return USAGE if isinstance(error, UsageError) else FAILED, "failed"
+        return INTERRUPTED, f"interrupted; {error or 'run the same command to go on'}"
+    return USAGE if isinstance(error, UsageError) else FAILED, str(error)
 
 
 def _failed(code: int, message: str, as_json: bool) -> int:

@@ -1,5 +1,6 @@
 """The text of a flag → its value, or a `UsageError` that names both. None stays None: the flag was left out."""
 
+import os
 import re
 
 from pipeline.errors import UsageError
@@ -49,3 +50,9 @@ def keep(text: str) -> int | None:
     if not text.isdecimal():
         raise UsageError(f"--keep {text}: must be a whole number, or all")
     return int(text)
+
+
+def ray_address(text: str | None) -> str | None:
+    """Where the flag was left out: Ray's own `RAY_ADDRESS`, which a Ray job has. None: a Ray of this machine alone."""
+    address = os.environ.get("RAY_ADDRESS", "") if text is None else text
+    return None if address in ("", "local") else address

@@ -9,7 +9,8 @@ from jobs.embed_flags import EmbedFlags, takes_embed_flags
 from pipeline.errors import StorageError, UsageError
 
 # What the line tells, where the result has it.
-LINE = ("version", "version_before", "set", "shards", "shards_embedded", "shards_unchanged", "shards_removed", "rows")
+FIRST = ("version", "version_before", "set", "shards", "shards_to_embed", "shards_embedded", "shards_unchanged")
+THEN = ("shards_removed", "rows")
 LAST = ("deleted", "images", "hours", "seconds", "images_per_s", "lease", "output")
 
 
@@ -57,9 +58,10 @@ def reembed(
             )
             result = run(config, terms, exits.say)
         except (UsageError, StorageError, OSError, KeyboardInterrupt) as e:
-            code, word = exits.ending(e)
+            code, why = exits.ending(e)
+            word = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
             if not asked.json:
-                print(_line(word, code, {"output": asked.output}, str(e)), flush=True)
+                print(_line(word, code, {"output": asked.output}, why), flush=True)
             raise
         exits.say(f"shard2vec: {result.message}")
         if asked.json:
@@ -76,12 +78,14 @@ def reembed(
 def _line(word: str, code: int, told: dict[str, Any], why: str) -> str:
     """`reembed result=… exit=…` and what else is known, as logfmt: a value with spaces is quoted."""
     pairs: dict[str, object] = {"result": word, "exit": code}
-    pairs |= {key: told.get(key) for key in LINE}
+    pairs |= {key: told.get(key) for key in FIRST + THEN}
     if "rejects" in told:
         pairs["rejects"] = sum(told["rejects"].values())
     drift = (told.get("gates") or {}).get("drift") or {}
     pairs |= {key: drift.get(key) for key in ("overlap_at_10", "top1_agreement")}
     pairs |= {key: told.get(key) for key in LAST}
+    if not told.get("images_per_s"):
+        pairs.pop("images_per_s")  # nothing was embedded, and no alert should go by it
     if why:
         pairs["reason"] = why
     return " ".join(["reembed", *(f"{key}={_value(value)}" for key, value in pairs.items() if value is not None)])

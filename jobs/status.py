@@ -7,10 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from jobs import exits
+from pipeline.errors import UsageError
 
 
 def status(
     output: Annotated[str, typer.Argument(help="The dataset's root")],
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="The same for Prometheus, as text: for a textfile collector")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
 ) -> None:
     """Show the current version, each set's finished shards, and the runs that are alive.
@@ -19,6 +23,11 @@ def status(
     """
 
     def body() -> int:
+        if metrics and json:
+            raise UsageError("--metrics and --json: choose one, both are for stdout")
+        if metrics:
+            print(_exposed(output), end="", flush=True)
+            return 0
         found = _look(output)
         if json:
             exits.print_json(found)
@@ -27,6 +36,12 @@ def status(
         return 0
 
     exits.run(body, json)
+
+
+def _exposed(output: str) -> str:
+    from pipeline import metrics, versions
+
+    return metrics.text(metrics.of_output(versions.existing_output(output)))
 
 
 def _look(output: str) -> dict[str, Any]:
@@ -57,12 +72,8 @@ def _look(output: str) -> dict[str, Any]:
         else None,
         "running": [asdict(r) for r in alive],
         "lease": str(held) if held else None,
-        "last_run": asdict(last) | {"state": _state(last, alive)} if last else None,
+        "last_run": asdict(last) | {"state": progress.outcome(last)} if last else None,
     }
-
-
-def _state(run: Any, alive: list[Any]) -> str:
-    return "died" if run.state == "running" and run not in alive else str(run.state)
 
 
 def _show(found: dict[str, Any]) -> None:

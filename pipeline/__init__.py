@@ -7,8 +7,12 @@ actor streams shards through `embed.Embedder`: read, decode, forward, write), co
 
 from typing import Any
 
+from pipeline.imports import defer_compiler
+
 __version__ = "0.1.0"
 __all__ = ["files", "open_dataset"]
+
+defer_compiler()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,47 +1,28 @@
-"""The Ray adapters: a local Ray, the actors that embed shards, and the pool of them that takes its work off a board."""
+"""The Ray adapters: actors that embed shards, and the pool of them that takes its work off a board."""
 
-import io
-import logging
-import math
 import os
 import pickle
 import platform
 import signal
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import head
-
-# isort: split
-# After `head`, whose settings are read when Ray is imported.
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+from pipeline import weights
 from pipeline.board import Board, Told
-from pipeline.config import RunConfig
+from pipeline.build import build_id
+from pipeline.cluster import check_build, here, ray
 from pipeline.embed import Embedder, Feed, Job, Receipt, backbone_of, worker_name
 from pipeline.errors import UsageError
 from pipeline.feed import LocalFeed
 from pipeline.feeders import RemoteFeed
+from pipeline.layout import Layout
 from pipeline.listing import Shard
-from pipeline.machine import cpu_workers, memory_bytes
 
-# On a GPU, Python's lock is what one process cannot get past: 0.10 ms an image with the fast decode, 0.40 with Pillow's
-# (9,700 and 2,500 images/s at most), beside batching and the forward pass's launches. A core decodes 790 and 375
-# images/s of 500x375 pixels, so five threads keep the lock two fifths and three quarters busy. More than four actors
-# a GPU only take turns on it. 16 cores: three actors of five threads. Arithmetic on figures of the CPU: not yet
-# measured beside a GPU.
-CUDA_ACTOR_THREADS = 5
-CUDA_ACTORS = 4
-CUDA_ACTOR_BYTES = 6 * 2**30  # of the host: CUDA's libraries, the model, a pinned ring, images that wait
-GPU_UNITS = 10_000  # Ray counts in these parts of a GPU
 # Ray starts dead workers again and again; what bounds it is ours: MAX_DEATHS a shard, and so many workers that died
 # before they were ready.
 RESTARTS = -1
@@ -52,78 +33,28 @@ ENDING_S = 10.0  # for workers that have nothing more to do
 BOARD_TIMEOUT_S = 5.0
 
 
-@contextmanager
-def local_ray(feeders: int = 0) -> Iterator[None]:
-    """A Ray of this machine alone, quiet; one that runs in this process already is used, and left running."""
-    ours = not ray.is_initialized()
-    terminated = signal.getsignal(signal.SIGTERM)
-    # Ray reports dead workers on stdout, which belongs to results; the run says so itself.
-    with (
-        head.starting(feeders=feeders),
-        _native_stderr_silenced(),
-        Path(os.devnull).open("w") as nowhere,
-        redirect_stdout(nowhere),
-    ):
-        try:
-            start_ray()
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, terminated)  # Ray puts its own there, which exits with 15
-            yield
-        finally:
-            if ours:
-                ray.shutdown()
-
-
-def start_ray() -> None:
-    """Connects to the Ray that `head` starts, unless there is one here already."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"ray\..*")
-    if not ray.is_initialized():
-        ray.init(address=head.address(), log_to_driver=False, logging_level=logging.ERROR)
-
-
-@contextmanager
-def _native_stderr_silenced() -> Iterator[None]:
-    """Silences Ray's C++ core, which writes to file descriptor 2 past every Python setting.
-
-    Meanwhile `sys.stderr` and the log handlers write to where descriptor 2 pointed, so Python is heard as before.
-    """
-    shown = sys.stderr
-    if not isinstance(shown, io.TextIOWrapper) or shown is not sys.__stderr__ or shown.fileno() != 2:
-        yield  # somebody captures it
-        return
-    shown.flush()
-    kept = os.dup(2)
-    sys.stderr = os.fdopen(kept, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-    handlers = [h for h in logging.getLogger().handlers if getattr(h, "stream", None) is shown]
-    for handler in handlers:
-        handler.setStream(sys.stderr)  # type: ignore[attr-defined]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        sys.stderr = shown
-        for handler in handlers:
-            handler.setStream(shown)  # type: ignore[attr-defined]
-        os.close(kept)
-
-
 class EmbedShards:
     """The worker: takes shards off the board until that is over."""
 
-    def __init__(self, job: Job, board: Any, slot: int):
-        self._board, self._name = board, worker_name()
+    def __init__(self, job: Job, board: Any, slot: int, build: dict[str, Any], content: Sequence[Any]):
+        """`build`: the driver's; `content`: where to have the weights that this node lacks, or nothing."""
+        self._board, self._slot, self._name = board, slot, worker_name()
         self._deaths: dict[str, int] = {}
+        self._refused: UsageError | None = None
         _asked(board.start.remote(slot, self._name), None)  # first: loading the model may be what kills it
+        try:
+            check_build(build, build_id())
+        except UsageError as e:
+            self._refused = e  # `run` raises it: of a constructor Ray would tell a traceback
+            return
         # Of its compiler, whose processes would stay beside each worker for what the driver has compiled already.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         import torch
 
         torch.set_num_threads(job.torch_threads)
+        if content:
+            staged = weights.receive(job.vectors.weights_sha256, lambda: memoryview(ray.get(content[0])))
+            job = replace(job, weights=str(staged))
         backbone = backbone_of(job)
         self._embedder = Embedder(job, backbone, self._feed(job, backbone.batch_size))
         threading.Thread(target=self._tick, daemon=True).start()
@@ -137,6 +68,8 @@ class EmbedShards:
         return LocalFeed(job.vectors, job.decode_threads, batch_size, deaths)
 
     def run(self) -> None:
+        if self._refused:
+            raise self._refused
         self._embedder(self._shards(), self._done)
 
     def _shards(self) -> Iterator[Shard | None]:
@@ -156,40 +89,51 @@ class EmbedShards:
 
     def _tick(self) -> None:
         while True:
-            self._board.say.remote(self._name, self._embedder.activity.said())
+            self._board.say.remote(self._slot, self._name, self._embedder.activity.said())
             time.sleep(TICK_S)
 
 
 @dataclass
 class News:
-    """What has happened since the driver looked last."""
+    """What has happened since the driver looked last; but for the receipts see `board.Told`."""
 
     receipts: list[Receipt]
-    started: int = 0
+    waiting: int = 0
+    started: int = 0  # slots
     ready: int = 0
+    died: int = 0
+    false_starts: int = 0
     said: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Pool:
-    """Actors that embed the shards of a board: a context that ends them. `read` tells what came of it."""
+    """Actors that embed the shards of a board: a context that ends them. `read` tells what came of it.
 
-    def __init__(self, job: Job, shards: Sequence[Shard], actors: int, gpus: float):
-        """`gpus`: of each actor; it may be a fraction."""
+    All that may be are asked for at once: those without room wait, and where the cluster can grow that makes it grow.
+    When no shard is waiting, workers leave, down to the least number; when one waits again, others are asked for.
+    """
+
+    def __init__(self, job: Job, shards: Sequence[Shard], layout: Layout, content: Any = None):
+        """`content`: of the weights' file, as Ray keeps it for nodes that lack it; None where all have it."""
         self._shards, self._given = shards, 0
         self._open = {shard.name for shard in shards}
-        self._board = ray.remote(num_cpus=0, max_restarts=RESTARTS, scheduling_strategy=_here())(Board).remote()
+        self._least, self._most = layout.actors
+        self._board = ray.remote(num_cpus=0, max_restarts=RESTARTS, scheduling_strategy=here())(Board).remote()
         self._epoch, self._taken_in = "", 0
-        free = ray.cluster_resources().get("CPU", 1.0) - job.feeders * actors
-        cpus = max(0.0, free) / (actors + 1)  # room for what else runs on Ray
         worker = ray.remote(
-            num_cpus=cpus,
-            num_gpus=gpus or None,
+            num_cpus=layout.cpus,
+            num_gpus=layout.gpus or None,
+            memory=layout.memory or None,
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
             scheduling_strategy="SPREAD",
         )(EmbedShards)
-        self._actors = [worker.remote(job, self._board, slot) for slot in range(actors)]
-        self._runs = [actor.run.remote() for actor in self._actors]
+        build, boxed = build_id(), () if content is None else (content,)  # a bare reference would be fetched anyway
+        self._new = lambda slot: worker.remote(job, self._board, slot, build, boxed)
+        self._actors: dict[int, Any] = {}  # by slot
+        self._runs: dict[Any, int] = {}  # → slot
+        self._slots = 0
+        self._grow(self._most)
 
     def __enter__(self) -> "Pool":
         return self
@@ -198,8 +142,8 @@ class Pool:
         """After an error the workers are killed; else they end by themselves, which leaves no scratch file."""
         if kind is None:
             self._board.end.remote()
-            ray.wait(self._runs, num_returns=len(self._runs), timeout=ENDING_S)
-        for actor in (*self._actors, self._board):
+            ray.wait(list(self._runs), num_returns=len(self._runs), timeout=ENDING_S)
+        for actor in (*self._actors.values(), self._board):
             ray.kill(actor)
 
     @property
@@ -208,9 +152,10 @@ class Pool:
 
     def read(self) -> News:
         """Receipts, one a shard, and how the workers are. Raises what ended a worker for good."""
-        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        ended, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=0)
         for run in ended:
             ray.get(run)
+            self._drop(self._runs[run])
         told: Told | None = _asked(self._board.read.remote(self._epoch, self._taken_in), None)
         if told is None:  # not up yet, or again
             return News([])
@@ -220,12 +165,34 @@ class Pool:
         receipts = [pickle.loads(r) for r in told.receipts]
         receipts = [r for r in receipts if r.shard in self._open]
         self._open -= {r.shard for r in receipts}
+        self._breathe(told)
         if told.waiting < BOARD_SHARDS // 2:
             self._give(BOARD_SHARDS - told.waiting)
-        return News(receipts, told.started, told.ready, told.said)
+        return News(receipts, told.waiting, len(told.slots), told.ready, told.died, told.false_starts, told.said)
+
+    def _breathe(self, told: Told) -> None:
+        pending = [slot for slot in self._actors if slot not in told.slots]
+        if told.waiting > len(pending):
+            self._grow(min(self._most - len(self._actors), told.waiting - len(pending)))
+        elif not told.waiting and self._given == len(self._shards):
+            for slot in pending[: max(0, len(self._actors) - self._least)]:
+                self._drop(slot)
+
+    def _grow(self, count: int) -> None:
+        for slot in range(self._slots, self._slots + max(0, count)):
+            self._actors[slot] = self._new(slot)
+            self._runs[self._actors[slot].run.remote()] = slot
+            self._slots = slot + 1
+
+    def _drop(self, slot: int) -> None:
+        """Its room is free for others, or its node for the autoscaler to take down."""
+        ray.kill(self._actors.pop(slot))
+        self._runs = {run: of for run, of in self._runs.items() if of != slot}
 
     def _give(self, count: int) -> None:
         more: list[tuple[str, bytes]] = []
+        if self._given == len(self._shards):
+            return
         while self._given < len(self._shards) and len(more) < count:
             shard = self._shards[self._given]
             self._given += 1
@@ -233,11 +200,8 @@ class Pool:
                 more.append((shard.name, pickle.dumps(shard)))
         if more:
             self._board.add.remote(more)
-
-
-def _here() -> Any:
-    """On this node, which lives as long as the run."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        if self._given == len(self._shards):
+            self._board.let_go.remote(self._least)
 
 
 def kill(workers: Iterable[str]) -> None:
@@ -264,57 +228,3 @@ def cause(error: BaseException) -> str:
             break
         error = inner
     return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
-
-
-def cores() -> int:
-    """Of all machines that Ray has."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-
-def _nodes() -> int:
-    """Machines that Ray has, taken to be like this one."""
-    return max(1, sum(node["Alive"] for node in ray.nodes()))
-
-
-def size(config: RunConfig, device: str, shards: int, todo: int) -> tuple[tuple[int, int], float, int]:
-    """(least, most) actors, GPUs of each, threads of each, on this machine.
-
-    Threads go by all shards of the listing, not by those to do: a resumed run computes with as many as the first, so
-    that its vectors have the same bits.
-    """
-    resources, cpus = ray.cluster_resources(), cores()
-    if device == "cuda":
-        gpus, default = _on_gpus(config, int(resources.get("GPU", 0)), cpus, int(resources.get("memory", 0)))
-    else:
-        gpus, default = 0.0, cpu_workers(cpus, memory_bytes() * _nodes())
-    least, most = config.actors or (default, default)
-    if gpus and least * gpus > resources.get("GPU", 0):
-        raise UsageError(f"--actors {least} with {gpus:g} GPUs each: this machine has {resources.get('GPU', 0):.0f}")
-    if config.feeders > cpus:
-        raise UsageError(f"--feeders {config.feeders}: there are {cpus} CPUs, and each takes one")
-    threads = _threads_each(cpus, most, shards)
-    most = max(1, min(most, todo))
-    return (min(least, most), most), gpus, threads
-
-
-def _on_gpus(config: RunConfig, gpus: int, cpus: int, memory: int) -> tuple[float, int]:
-    """GPUs of each actor, and how many actors there are unless `--actors` says it."""
-    if config.gpus_per_actor is not None:
-        each = config.gpus_per_actor
-        return each, max(1, int(gpus / each + 1e-9)) if each else 1
-    if config.actors is not None:
-        on_each = -(-config.actors[1] // max(1, gpus))
-    else:
-        room = memory // max(1, gpus) // CUDA_ACTOR_BYTES
-        on_each = max(1, min(cpus // max(1, gpus) // CUDA_ACTOR_THREADS, CUDA_ACTORS, room))
-    return math.floor(GPU_UNITS / on_each) / GPU_UNITS, on_each * max(1, gpus)
-
-
-def likely_threads(config: RunConfig, shards: int) -> int:
-    """The threads of `size` on this machine alone, before there is a Ray to ask."""
-    cpus = os.cpu_count() or 1
-    return _threads_each(cpus, config.actors[1] if config.actors else cpu_workers(cpus, memory_bytes()), shards)
-
-
-def _threads_each(cpus: int, most: int, shards: int) -> int:
-    return max(1, cpus // max(1, min(most, shards)))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pipeline import machine, measure, trial, weights
-from pipeline.backbone import Backbone, resolve_device
+from pipeline.backbone import Backbone, resolve_device, resolve_precision
 from pipeline.ceiling import Ceiling, Decoding, Forward, Room, ceiling, chosen, workers_on_gpus
 from pipeline.config import DECODES, RunConfig
 from pipeline.cuda_images import DeviceImages, HeaderDecoder, OnDevice
@@ -69,7 +69,9 @@ class Bench:
         self.device = resolve_device(self.config.device)
         check_device(self.config, self.device)
         self.module = weights.load_module(self.config.model, self.config.weights, self.config.adapt)
-        self.vectors, self.labels = vector_set(self.config, self.module, self.device)
+        self.vectors, self.labels = vector_set(
+            self.config, self.module, resolve_precision(self.config.precision, self.device)
+        )
         self.staged = weights.stage(self.module, self.vectors.weights_sha256)
         gpus, cores = torch.cuda.device_count() if self.device == "cuda" else 0, machine.cores()
         workers = gpus or machine.cpu_workers(cores, machine.memory_bytes())

@@ -67,17 +67,18 @@ def _speed(run: "Run", notes: list[State]) -> tuple[float | None, str]:
 
 def _sentence(told: dict[str, Any]) -> str:
     about = "about " if told["images_estimated"] else ""
-    images = "unknown many images" if told["images"] is None else f"{about}{told['images']:,} images"
-    parts = [f"{told['shards_to_embed']:,} shards to embed, {images} ({told['images_from']})"]
-    if told["hours"] is not None and told["images_per_s"]:
-        rate = f"{told['images_per_s']:,.1f} images/s as {told['images_per_s_from']}"
-        parts.append(f"about {_duration(told['hours'])} at {rate}")
-    elif told["shards_to_embed"]:
-        parts.append(f"hours unknown: {told['images_per_s_from']}")
+    images = "unknown" if told["images"] is None else f"{about}{told['images']:,}"
+    parts = [f"shards to embed: {told['shards_to_embed']:,}; images: {images} ({told['images_from']})"]
+    if told["shards_to_embed"]:
+        rate = f", at the {told['images_per_s']:,.1f} images/s of" if told["hours"] is not None else ":"
+        time = "unknown" if told["hours"] is None else f"about {_duration(told['hours'])}"
+        parts.append(f"time: {time}{rate} {told['images_per_s_from']}")
     gone = told["removed"]
-    names = f": {', '.join(gone[:3])}{' …' if len(gone) > 3 else ''}" if gone else ""
-    return "; ".join([*parts, f"{len(gone):,} shards to drop{names}"])
+    names = f" ({', '.join(gone[:3])}{' …' if len(gone) > 3 else ''})" if gone else ""
+    return "; ".join([*parts, f"shards to drop: {len(gone):,}{names}"])
 
 
 def _duration(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.0f} minutes" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"

@@ -19,8 +19,10 @@ class Told(NamedTuple):
     epoch: str  # another one: the board was started again and has forgotten everything
     receipts: list[bytes]
     waiting: int  # shards that nobody has yet
-    started: int  # workers
-    ready: int  # … of them with the model loaded
+    slots: set[int]  # that a worker has started in
+    ready: int  # workers that had the model loaded
+    died: int  # … of them those that have a successor which is ready too
+    false_starts: int  # workers that had a successor before they were ready
     said: dict[str, dict[str, Any]]  # by worker that is not known to be dead: `Activity.said`
 
 
@@ -38,7 +40,9 @@ class Board:
         self._lent: dict[str, set[str]] = {}  # shard → workers
         self._deaths: dict[str, int] = {}  # of workers that had the shard under way
         self._slots: dict[int, str] = {}  # each held by one worker after the other
-        self._started: set[str] = set()
+        self._left: set[int] = set()  # slots whose worker had nothing more to do
+        self._least, self._is_all_here = 0, False
+        self._started: dict[str, int] = {}  # worker → its slot
         self._said: dict[str, dict[str, Any]] = {}
         self._heard: dict[str, float] = {}
         self._dead: set[str] = set()
@@ -54,13 +58,30 @@ class Board:
                 self._shards[name] = shard
                 self._waiting.append(name)
 
+    def let_go(self, least: int) -> None:
+        """There are no more shards to come: whoever finds none waiting may leave, but for so many workers."""
+        self._least, self._is_all_here = least, True
+
     def read(self, epoch: str, taken_in: int) -> Told:
         """`taken_in`: how many receipts the driver has had of the board of that epoch."""
         taken_in = taken_in if epoch == self.epoch else 0
         self._receipts = self._receipts[max(0, taken_in - self._taken_in) :]
         self._taken_in = max(self._taken_in, taken_in)
-        alive = {who: activity for who, activity in self._said.items() if who not in self._dead}
-        return Told(self.epoch, list(self._receipts), len(self._waiting), len(self._started), len(self._said), alive)
+        started, at_work = self._started, {who for workers in self._lent.values() for who in workers}
+        return Told(
+            epoch=self.epoch,
+            receipts=list(self._receipts),
+            waiting=len(self._waiting),
+            slots=set(self._slots),
+            ready=len(self._said),
+            died=len(self._said) - len({started[who] for who in self._said}),
+            false_starts=sum(who not in self._said and self._slots[slot] != who for who, slot in started.items()),
+            said={
+                who: activity
+                for who, activity in self._said.items()
+                if who not in self._dead and (started[who] not in self._left or who in at_work)
+            },
+        )
 
     def end(self) -> None:
         self._is_over = True
@@ -70,9 +91,13 @@ class Board:
     def start(self, slot: int, who: str) -> None:
         self._bury(self._slots.get(slot, who), unless=who)
         self._slots[slot] = who
-        self._started.add(who)
+        self._started[who] = slot
+        self._left.discard(slot)
 
-    def say(self, who: str, activity: dict[str, Any]) -> None:
+    def say(self, slot: int, who: str, activity: dict[str, Any]) -> None:
+        if who not in self._started:  # a board that was started again learns who is where
+            self._started[who] = slot
+            self._slots.setdefault(slot, who)
         self._said[who] = activity
         self._heard[who] = time.monotonic()
         for shard in activity["under_way"]:  # a board that was started again learns what was lent
@@ -84,9 +109,16 @@ class Board:
         self._heard[who] = time.monotonic()
         shard = self._waiting[0] if self._waiting else self._forsaken(who)
         if shard is None:
-            return self._is_over
+            return self._is_over or self._may_leave(who)
         self._lend(shard, who)
         return self._shards[shard], self._deaths.get(shard, 0)
+
+    def _may_leave(self, who: str) -> bool:
+        slot = self._started.get(who)
+        if not self._is_all_here or slot is None or len(self._slots) - len(self._left | {slot}) < self._least:
+            return False
+        self._left.add(slot)
+        return True
 
     def done(self, shard: str, receipt: bytes) -> None:
         self._receipts.append(receipt)  # a second one of the same shard too: the driver knows what it has

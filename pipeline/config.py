@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +39,10 @@ class Adapt:
             )
         _at_least("--in-chans", self.in_chans, 1)
         _at_least("--num-classes", self.num_classes, 0)
+
+    def of_classes(self, classes: int) -> "Adapt":
+        """For weights whose head has so many; 0: none, or as it was asked for."""
+        return replace(self, num_classes=classes or self.num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +89,9 @@ class RunConfig:
     batch_size: int | None = None  # None: found
     actors: tuple[int, int] | None = None  # least and most; None: chosen for this machine
     gpus_per_actor: float | None = None  # None: on cuda by the cores of each GPU, 0 on the CPU
-    feeders: int = 0  # processes that read and decode for the actors; 0: each actor does so itself
+    feeders: int | None = None  # processes that read and decode for the actors; 0: none; None: by the nodes' CPUs
     device: str = "auto"
+    ray_address: str | None = None  # a running cluster: auto or host:port; None: a local Ray, or the one in use
     max_reject_rate: float = 0.01  # of all samples; one broken image in a hundred is a shard worth looking at
     stall_timeout_s: float = 600.0
     dry_run: bool = False
@@ -120,10 +125,24 @@ class RunConfig:
         _at_least("--stall-timeout", self.stall_timeout_s, 1)
         if not 0 <= self.max_reject_rate <= 1:
             raise UsageError(f"--max-reject-rate {self.max_reject_rate}: must lie between 0 and 1")
+        self._check_ray_address()
         if self.gpus_per_actor is not None and not 0 <= self.gpus_per_actor < math.inf:
             raise UsageError(f"--gpus-per-actor {self.gpus_per_actor}: must be 0 or more")
         if self.actors is not None and not 1 <= self.actors[0] <= self.actors[1]:
             raise UsageError(f"--actors {self.actors[0]}:{self.actors[1]}: must be N or MIN:MAX with 1 <= MIN <= MAX")
+
+    def _check_ray_address(self) -> None:
+        address = self.ray_address
+        if address is None or address == "auto":
+            return
+        if "://" in address:
+            raise UsageError(
+                f"--ray-address {address}: must be host:port or auto, on a node of the cluster; "
+                "from elsewhere, `shard2vec submit` sends the command there"
+            )
+        host, _, port = address.rpartition(":")
+        if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+            raise UsageError(f"--ray-address {address}: must be host:port or auto")
 
     def _check_outputs(self) -> None:
         for output in self.outputs or ():

@@ -91,6 +91,7 @@ class Receipt:
     ended: float
     worker: str  # host and process
     cpu_s: dict[str, float] = field(default_factory=dict)  # of `seconds`; `process`: all, since the receipt before
+    batches: int = 0  # forward passes
 
 
 @dataclass
@@ -101,9 +102,18 @@ class Activity:
     stage: str = "start"
     shard: str = ""
     under_way: dict[str, tuple[int, int]] = field(default_factory=dict)  # shard → images, rejects so far
+    batch_size: int = 0  # of a full forward pass
+    forward_s: float = 0.0  # on CUDA by the device's own clock
 
     def said(self) -> dict[str, Any]:
-        return {"steps": self.steps, "stage": self.stage, "shard": self.shard, "under_way": dict(self.under_way)}
+        return {
+            "steps": self.steps,
+            "stage": self.stage,
+            "shard": self.shard,
+            "under_way": dict(self.under_way),
+            "batch_size": self.batch_size,
+            "forward_s": self.forward_s,
+        }
 
     def add(self, shard: str, images: int = 0, rejects: int = 0) -> None:
         before = self.under_way.get(shard, (0, 0))
@@ -127,6 +137,8 @@ class Work:
     cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     samples: list[Sample] = field(default_factory=list)
     decoded: list[Decoded | Jpeg] = field(default_factory=list)
+    batches: int = 0
+    told_s: float = 0.0  # of `forward`, to the activity
     writer: ShardWriter | None = None
     error: str | None = None
 
@@ -160,7 +172,7 @@ class Embedder:
     """Embeds shards with one backbone; call it again and again from one thread."""
 
     def __init__(self, job: Job, backbone: Backbone, feed: Feed):
-        self.job, self.backbone, self.activity = job, backbone, Activity()
+        self.job, self.backbone, self.activity = job, backbone, Activity(batch_size=backbone.batch_size)
         self._root, self._feed = Root(job.output), feed
         self._staging = Staging(backbone, _device_images(job.vectors, backbone))
         self._cpu_s = 0.0  # of the process, at the last receipt
@@ -257,6 +269,7 @@ class Embedder:
         if kept:
             self._at("forward", work.shard.name)
             passed = self._staging([image for _, image in kept], work.timed)
+            self.activity.batch_size = self.backbone.batch_size  # an out-of-memory has halved it
             sizes = [(image.width, image.height) for _, image in kept]
             batch = Batch([sample for sample, _ in kept], sizes, passed)
             self._at("write", work.shard.name)
@@ -325,11 +338,19 @@ class Embedder:
         arrays = event.passed.to_numpy()  # on CUDA this is where the device is waited for
         for part, seconds in event.passed.seconds().items():
             work.seconds[part] += seconds
+        self._count(work)
         with work.timed("write"):
             try:
                 work.writer.rows(event.samples, event.sizes, arrays)
             except NotFinite as e:
                 work.error = f"forward: {e}"
+
+    def _count(self, work: Work) -> None:
+        """One batch more; on the CPU the other thread may have timed the next one already."""
+        work.batches += 1
+        forward_s = work.seconds["forward"]
+        self.activity.forward_s += forward_s - work.told_s
+        work.told_s = forward_s
 
 
 def _device_images(vectors: VectorSet, backbone: Backbone) -> DeviceImages | None:
@@ -356,4 +377,5 @@ def _receipt(work: Work, ended: Ended, files: ShardFiles | None, embedded: bool)
         ended=time.time(),
         worker=worker_name(),
         cpu_s=work.cpu_s | {"read": ended.read_cpu_s},
+        batches=work.batches,
     )

@@ -25,5 +25,9 @@ class UsageError(Exception):
     """Wrong flags, input, model, weights or output, found before any work: exit code 2 and this one sentence."""
 
 
+class Stalled(Exception):
+    """No image and no shard was finished for the stall timeout; the message names the stage: exit code 4."""
+
+
 class StorageError(Exception):
     """The store did not give or take an object, after bounded retries."""

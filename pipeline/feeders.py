@@ -12,12 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import ray
 
+from pipeline.build import build_id
+from pipeline.cluster import check_build, ray
 from pipeline.config import VectorSet
 from pipeline.errors import Reject
 from pipeline.feed import MAX_DEATHS, NOTHING_S, Ended, Fed, LocalFeed, Outcome
@@ -46,13 +48,15 @@ class Chunk(NamedTuple):
 class Feeder:
     """A Ray actor that reads and decodes with one core."""
 
-    def __init__(self, vectors: VectorSet):
-        self._deaths: dict[str, int] = {}
+    def __init__(self, vectors: VectorSet, build: dict[str, Any]):
+        """`build`: of the worker that it feeds."""
+        self._build, self._deaths = build, dict[str, int]()
         self._chunk = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // math.prod(vectors.preprocessing.input_size)))
         self._feed = LocalFeed(vectors, 1, self._chunk, lambda shard: self._deaths.get(shard, 0))
 
     def ready(self) -> None:
-        """Answers once the constructor has run."""
+        """Answers once the constructor has run. Raises `UsageError` where this node has other code."""
+        check_build(self._build, build_id())
 
     def feed(self, shard: Shard, seen: int, deaths: int) -> Iterator[Chunk]:
         """The shard's samples but for the first `seen`, whose receiver has them from a feeder that died."""
@@ -114,7 +118,8 @@ class RemoteFeed:
         """Each takes a CPU of the cluster, wherever there is one. `deaths`: as of `LocalFeed`."""
         self._deaths = deaths
         self._remote = ray.remote(num_cpus=1, max_concurrency=STREAMS + 1, scheduling_strategy="SPREAD")(Feeder)
-        self._new = lambda: self._remote.remote(vectors)
+        build = build_id()
+        self._new = lambda: self._remote.remote(vectors, build)
         self._feeders = [self._new() for _ in range(feeders)]
 
     def __call__(
@@ -144,9 +149,13 @@ class RemoteFeed:
         while not source.is_finished:
             if feeder is not self._feeders[slot]:
                 feeder = self._feeders[slot]
-                is_up = feeder.ready.remote()
+                is_up, is_known = feeder.ready.remote(), False
             if not ray.wait([is_up], timeout=Flow.POLL_S)[0]:  # it may never come, where the cluster is full
                 flow.check()
+            elif not is_known:
+                is_known = True
+                with suppress(ray.exceptions.RayActorError):  # it died: that is counted against the shard it gets
+                    ray.get(is_up)
             elif (turn := source.take()) is None:
                 flow.pause(NOTHING_S)
             elif turn.deaths >= MAX_DEATHS:

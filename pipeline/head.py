@@ -4,6 +4,7 @@ The process ends, and all that it started with it, when the context of `starting
 however far it has come by then: where a run finds nothing to do, or a mistake, it costs nobody a second.
 """
 
+import importlib
 import os
 import secrets
 import signal
@@ -15,12 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Read when Ray is imported: no telemetry, no chatter, and a token of this run's own. Without it Ray writes one to the
-# user's home, which a later `ray start` then asks for; with authentication off any process that reaches its port may
-# run code here.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+from pipeline import reach
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported, as what follows
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
@@ -28,6 +26,49 @@ FEEDER_BYTES = 64 * 2**20  # … and, of each feeder, the chunks under way
 
 _head: "subprocess.Popen[str] | None" = None
 _address = ""  # of Ray, once it is known to be up
+_own: dict[str, str] = {}  # settings of authentication that the user has not made
+
+
+def _settle_token() -> None:
+    """A token of this process's own for the Ray that it starts, unless the user has settled how it is to be.
+
+    Without one Ray would write its own to the user's home, which a later `ray start` then asks for; with authentication
+    off any process that reaches its port may run code here.
+    """
+    wanted = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        _own.update({name: value for name, value in wanted.items() if name not in os.environ})
+        os.environ.update(_own)
+        _look_again()
+
+
+@contextmanager
+def reaching(address: str) -> Iterator[None]:
+    """For a running cluster the user's own settings hold: without our token; whether it answers is asked meanwhile."""
+    before = dict(_own)
+    for name in before:
+        del os.environ[name], _own[name]
+    _look_again()
+    try:
+        with reach.asking(address):
+            yield
+    finally:
+        _own.update(before)
+        os.environ.update(before)
+        _look_again()
+
+
+def _look_again() -> None:
+    """Ray's core reads the environment when it is imported, and again only when it is told so, as Ray itself does."""
+    if "ray" in sys.modules:
+        raylet: Any = importlib.import_module("ray._raylet")
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def is_up() -> bool:
+    """Whether the Ray that this process uses is the one started here."""
+    return _head is not None
 
 
 def is_early(output: str | None) -> bool:
@@ -38,6 +79,9 @@ def is_early(output: str | None) -> bool:
     return not (output and Path(output, "versions").is_dir())
 
 
+_settle_token()
+
+
 @contextmanager
 def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
     """Has Ray start, unless it runs here or starts already; within, `address` is where to connect."""
@@ -46,6 +90,8 @@ def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
     if not is_wanted or _head is not None or (ray is not None and ray.is_initialized()):
         yield
         return
+    # In a job of a cluster Ray would look for that job's working directory in this Ray too, where it is not.
+    os.environ.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
     # The workers import the checkout or the installation that this process runs from.
     home = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH", "")
@@ -83,8 +129,11 @@ def _main() -> None:
 
     import ray
 
+    from pipeline.machine import cores
+
     context = ray.init(
         address="local",
+        num_cpus=cores(),  # Ray alone does not see that it may run on some of them only
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -44,7 +44,7 @@ class Taken(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class Claim:
     """What a lease's object says. Times are seconds since 1970 by the holder's clock."""
 
     token: str  # of the holder's own
@@ -74,12 +74,12 @@ class Lease:
             raise Taken(str(held))
         self._number = number + 1
         now = time.time()
-        self._terms = Terms(
+        self._claim = Claim(
             token=uuid.uuid4().hex, host=platform.node(), pid=os.getpid(), since=now, until=now + self._timeout_s
         )
         self._believed = _Deadline(self._timeout_s)
         try:
-            self._root.put_new(_name(self._number), _content(self._terms))
+            self._root.put_new(_name(self._number), _content(self._claim))
         except (OSError, StorageError) as e:
             raise UsageError(f"output {self._root.url} cannot be written: {e}") from e
         # Not what the put said: the answer to one that succeeded may be lost, a number below the highest may be free
@@ -108,12 +108,12 @@ class Lease:
         if other is not None:
             raise Lost(f"the lease on {self._root.url} was taken over by {other}")
 
-    def _look(self) -> Terms | str | None:
+    def _look(self) -> Claim | str | None:
         """None where ours is the lease that counts, else the other one."""
         number, held = latest(self._root)
         if held is None:
             return f"lease {number}, which cannot be read"
-        return None if held.token == self._terms.token else held
+        return None if held.token == self._claim.token else held
 
     def _renew(self) -> None:
         while not self._closed.wait(self._timeout_s / RENEWALS) and not self._believed.is_past:
@@ -125,10 +125,10 @@ class Lease:
             if self._closed.is_set() and not released:
                 return
             believed, now = _Deadline(self._timeout_s), time.time()
-            terms = Terms(
-                **asdict(self._terms) | {"until": now if released else now + self._timeout_s, "released": released}
+            claim = Claim(
+                **asdict(self._claim) | {"until": now if released else now + self._timeout_s, "released": released}
             )
-            self._root.overwrite(_name(self._number), _content(terms))
+            self._root.overwrite(_name(self._number), _content(claim))
             self._believed = believed
 
 
@@ -144,27 +144,27 @@ class _Deadline:
         return time.time() >= self._wall or time.monotonic() >= self._steady
 
 
-def latest(root: Root) -> tuple[int, Terms | None]:
+def latest(root: Root) -> tuple[int, Claim | None]:
     """The highest number, 0 where there is none, and what it says; None where that cannot be read as a lease."""
     number = max(map(_number, root.list(FOLDER)), default=0)
     if not number:
         return 0, None
     try:
-        return number, Terms(**json.loads(root.read(_name(number))))
+        return number, Claim(**json.loads(root.read(_name(number))))
     except (ValueError, TypeError):
         return number, None
     except FileNotFoundError:  # somebody clears up by hand
         return number, None
 
 
-def holder(root: Root) -> Terms | None:
+def holder(root: Root) -> Claim | None:
     """Who holds the lease now; None where it is free."""
-    terms = latest(root)[1]
-    return terms if terms is not None and _holds(terms) else None
+    claim = latest(root)[1]
+    return claim if claim is not None and _holds(claim) else None
 
 
-def _holds(terms: Terms) -> bool:
-    return not terms.released and time.time() < terms.until
+def _holds(claim: Claim) -> bool:
+    return not claim.released and time.time() < claim.until
 
 
 def _name(number: int) -> str:
@@ -177,8 +177,8 @@ def _number(name: str) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _content(terms: Terms) -> bytes:
-    return json.dumps(asdict(terms), indent=1).encode()
+def _content(claim: Claim) -> bytes:
+    return json.dumps(asdict(claim), indent=1).encode()
 
 
 def _clock(seconds: float) -> str:

@@ -26,6 +26,7 @@ NOTE_EVERY_S = 10.0
 ALIVE_S = 120.0  # a run whose note is older than this is taken for dead
 UNFINISHED_S = 7 * 86400.0  # days of a GPU's work may lie in a set that waits for somebody to come back on Monday
 NOTES_AT_ONCE = 32
+STATES = ("running", "committed", "failed", "refused", "stalled", "interrupted", "died")  # as `outcome` gives them
 
 
 @dataclass
@@ -172,10 +173,10 @@ class Note:
         self._write()
 
 
-def read_notes(root: Root, newest: int | None = None) -> list[State]:
+def read_notes(root: Root, newest: int = 0) -> list[State]:
     """The runs that left a note, oldest first; one that cannot be read tells nothing and is passed over.
 
-    `newest`: so many at most.
+    `newest`: so many of them at most; 0: all.
     """
     names = sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json"))
 
@@ -184,7 +185,7 @@ def read_notes(root: Root, newest: int | None = None) -> list[State]:
             return State(**json.loads(root.read(name)))
         return None
 
-    return [note for note in ordered(read, names[-(newest or len(names) + 1) :], NOTES_AT_ONCE) if note]
+    return [note for note in ordered(read, names[-newest:], NOTES_AT_ONCE) if note]
 
 
 def sets_in_use(notes: Iterable[State]) -> set[str]:
@@ -204,3 +205,8 @@ def sets_in_use(notes: Iterable[State]) -> set[str]:
 
 def is_alive(state: State) -> bool:
     return state.state == "running" and time.time() - state.updated < ALIVE_S
+
+
+def outcome(state: State) -> str:
+    """How the run stands: one of `STATES`."""
+    return "died" if state.state == "running" and not is_alive(state) else state.state

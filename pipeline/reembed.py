@@ -17,19 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline import versions
+from pipeline import cluster, versions
 from pipeline.bill import bill
 from pipeline.compare import Drift, Side, drift
 from pipeline.config import RunConfig
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import Stalled, StorageError, UsageError
 from pipeline.garbage import collect_garbage
 from pipeline.lease import TIMEOUT_S, Lease, Lost, Taken, holder
 from pipeline.lists import FileList
 from pipeline.output import Root
 from pipeline.progress import read_notes, sets_in_use
-from pipeline.result import COMMITTED, ENDS, Result, plan_line
+from pipeline.result import COMMITTED, ENDS, STALLED, Result, plan_line
 from pipeline.rollback import held
-from pipeline.run import Refused, Run, embed, plan, say_on_stderr, terminated_as_interrupted
+from pipeline.run import AGAIN, Refused, Run, embed, plan, say_on_stderr, terminated_as_interrupted
 from pipeline.versions import Version
 from pipeline.watch import Failed
 
@@ -95,7 +95,11 @@ def _taken(root: Root, before: Version | None, by: str) -> dict[str, Any]:
 
 
 def _dry(config: RunConfig, root: Root, before: Version | None, say: Callable[[str], None]) -> Result:
-    run = plan(config, say)
+    try:
+        with cluster.used(config.ray_address, say):
+            run = plan(config, say)
+    except Stalled as e:
+        return Result(STALLED, f"{e}; {AGAIN}", {"result": ENDS[STALLED], "output": root.url})
     say(plan_line(run))
     told, message = bill(run, before)
     taken = holder(root)
@@ -115,7 +119,7 @@ class _Gates:
 
     def before_work(self, run: Run) -> None:
         """A model that was rolled away embeds nothing either."""
-        if not self._terms.after_rollback and (why := held(versions.read_version(run.root), run.vectors.name, None)):
+        if not self._terms.after_rollback and (why := held(run.before, run.vectors.name, None)):
             raise Refused(why)
 
     def before_commit(self, run: Run, files: FileList, before: Version | None) -> None:

@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from pipeline import actors, backbone, engines, head, machine, versions, weights
+from pipeline import actors, cluster, head, machine, site, versions, weights
 from pipeline.config import RunConfig, VectorSet
 from pipeline.embed import Job, Receipt
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import Stalled, StorageError, UsageError
 from pipeline.feeders import STREAMS
 from pipeline.journal import Journal
+from pipeline.layout import lay_out, threads_alone
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.lists import FileList
+from pipeline.meters import Meters
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
 from pipeline.receipts import Ledger
@@ -36,7 +38,7 @@ from pipeline.result import (
 from pipeline.rows import package_versions
 from pipeline.sets import check_device, vector_set
 from pipeline.speed import Means, Sums
-from pipeline.watch import Failed, Stalled, watch
+from pipeline.watch import Failed, watch
 
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
 AGAIN = "run the same command to go on"
@@ -63,7 +65,7 @@ class Run:
     config: RunConfig
     root: Root
     shards: list[Shard]
-    before: int  # the version that was current when the shards were listed; 0 where there was none
+    before: versions.Version | None  # that was current when the shards were listed
     vectors: VectorSet
     engine_fallback: str  # why the engine is not the one asked for; "" where it is
     labels: tuple[str, ...]
@@ -90,8 +92,12 @@ def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr, gates: 
     Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
     """
     is_early = not config.dry_run and head.is_early(config.output)
-    with head.starting(is_early, config.feeders):  # Ray, while the input is listed and the model loaded
-        return _embed(config, say, gates)
+    # Where no cluster is used a local Ray starts while the input is listed and the model loaded.
+    with cluster.used(config.ray_address, say), head.starting(is_early, config.feeders or 0):
+        try:
+            return _embed(config, say, gates)
+        except Stalled as e:  # while planning: no node came, nothing has been written
+            return Result(STALLED, f"{e}; {AGAIN}")
 
 
 def _embed(config: RunConfig, say: Callable[[str], None], gates: Gates | None) -> Result:
@@ -104,19 +110,20 @@ def _embed(config: RunConfig, say: Callable[[str], None], gates: Gates | None) -
     say(plan_line(run))
     state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
     state.machine, state.packages = machine.facts(run.device), package_versions()
-    note = Note(run.root, state)
+    note, meters = Note(run.root, state), Meters(state, run.root.url, run.before)
     files = FileList.of([])
     try:
         with terminated_as_interrupted():
             if gates:
                 gates.before_work(run)
             if run.todo:
-                _embed_todo(run, state, say)
+                _embed_todo(run, state, meters, say)
             files = _collect(run)
             _gate(config, files)
             if gates:
                 gates.before_commit(run, files, versions.read_version(run.root))
             version = _commit(run, files, say, gates)
+            meters.succeed(version)
     except Refused as e:
         ended = Result(REFUSED, str(e))
     except Stalled as e:
@@ -150,24 +157,16 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     root = versions.open_output(config.output)
     before = versions.read_version(root)
     shards = _list(config, root)
-    device = backbone.resolve_device(config.device)
+    device = site.resolve_device(config)
     check_device(config, device)
     module = weights.load_module(config.model, config.weights, config.adapt)
-    vectors, labels = vector_set(config, module, device)
+    vectors, labels = vector_set(config, module, site.resolve_precision(config, device, say))
     todo = _todo(root, vectors, shards)
     engine, fallback = config.engine, ""
     if todo:
         if engine == "compile":
             say(f"compiling {config.model}: about a minute, the first time")
-        engine, fallback = engines.resolve_engine(
-            config.engine,
-            module,
-            precision=vectors.precision,
-            device=device,
-            batch_size=config.batch_size,
-            threads=actors.likely_threads(config, len(shards)),
-            tensors=vectors.tensors,
-        )
+        engine, fallback = site.resolve_engine(config, module, vectors, device, _threads(config, device, shards), say)
     if fallback:
         say(fallback)
         vectors = replace(vectors, engine=engine)
@@ -177,7 +176,7 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
         config=config,
         root=root,
         shards=shards,
-        before=before.version if before else 0,
+        before=before,
         vectors=vectors,
         engine_fallback=fallback,
         labels=labels,
@@ -190,6 +189,13 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     )
 
 
+def _threads(config: RunConfig, device: str, shards: Sequence[Shard]) -> int:
+    """Of each worker: compiled code goes by them."""
+    if cluster.is_shared():
+        return lay_out(config, device, cluster.nodes(), len(shards), len(shards), cluster.possible()).threads
+    return threads_alone(config, machine.cores(), machine.memory_bytes(), len(shards))
+
+
 def _todo(root: Root, vectors: VectorSet, shards: Sequence[Shard]) -> list[Shard]:
     done = versions.done(root, vectors.folder)
     return [s for s in shards if versions.file_name(vectors.folder, "embeddings", s.name, s.etag) not in done]
@@ -199,37 +205,42 @@ def _list(config: RunConfig, root: Root) -> list[Shard]:
     return list_shards(config.inputs, format=config.format, columns=config.columns, exclude=root.url)
 
 
-def _embed_todo(run: Run, state: State, say: Callable[[str], None]) -> None:
+def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], None]) -> None:
     """Embeds what is to do, adding each receipt to the run as it comes. Raises `Failed` or `Stalled`."""
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
-    with actors.local_ray(run.config.feeders):
-        size, gpus, threads = actors.size(run.config, run.device, len(run.shards), len(run.todo))
-        feeders = -(-run.config.feeders // size[1])
+    with cluster.local_ray(run.config.feeders or 0):
+        nodes = cluster.nodes()
+        layout = lay_out(run.config, run.device, nodes, len(run.shards), len(run.todo), cluster.possible())
+        most, threads = layout.actors[1], layout.threads
         run.means = Means(
-            cores=actors.cores(),
+            cores=max(1, sum(node.cpus for node in nodes)),
             threads=threads,
-            gpus=gpus or (1 / size[1] if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
-            streams=feeders * STREAMS,
+            gpus=layout.gpus or (1 / most if run.device == "cuda" else 0.0),  # Ray need not know that one is shared
+            streams=layout.feeders * STREAMS,
         )
         job = Job(
             vectors=run.vectors,
             labels=run.labels,
             weights=str(staged),
-            adapt=replace(run.config.adapt, num_classes=run.vectors.classes or run.config.adapt.num_classes),
+            adapt=run.config.adapt.of_classes(run.vectors.classes),
             output=run.root.url,
             device=run.device,
             batch_size=run.config.batch_size,
             decode_threads=threads,
             # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
             torch_threads=1 if run.device == "cuda" else threads,
-            gpu_share=min(1.0, gpus or 1 / size[1]),
-            feeders=feeders,
+            gpu_share=min(1.0, layout.gpus or 1 / most),
+            feeders=layout.feeders,
         )
-        with Display(state) as display, actors.Pool(job, run.todo, size[1], gpus) as pool:
-            for receipt in watch(pool, size, state, display, run.config.stall_timeout_s, say):
+        content = site.share(staged) if cluster.is_shared() else None
+        if layout.feeders and run.config.feeders is None:
+            say(f"feeders: {layout.feeders * most}, for nodes without a GPU have most of the CPUs; --feeders 0: none")
+        with meters.at(run.means.gpus), Display(state) as display, actors.Pool(job, run.todo, layout, content) as pool:
+            for receipt in watch(pool, layout.actors, state, display, run.config.stall_timeout_s, say, meters.see):
                 run.sums.add(receipt)
                 run.ledger.add(receipt)
+                meters.add(receipt)
                 if receipt.files:
                     run.journal.add(receipt.files)
                 if receipt.error:
@@ -278,7 +289,7 @@ def _commit(run: Run, files: FileList, say: Callable[[str], None], gates: Gates 
     """The version; None where metrics alone would take the place of vectors that readers use."""
 
     def stays(before: versions.Version | None) -> bool:
-        if before and before.version != run.before and (how := _has_changed(run)):
+        if before and before != run.before and (how := _has_changed(run)):
             raise Failed(f"{how}, and version {before.version} was committed meanwhile")
         if before and run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before):
             return True

@@ -18,12 +18,12 @@ def check_device(config: RunConfig, device: str) -> None:
         raise UsageError(f"--decode cuda: --feeders {config.feeders} send decoded images; use --decode fast with them")
 
 
-def vector_set(config: RunConfig, module: torch.nn.Module, device: str) -> tuple[VectorSet, tuple[str, ...]]:
-    """The set and the names of its classes, one a class or none. `module`: with its weights loaded.
+def vector_set(config: RunConfig, module: torch.nn.Module, precision: str) -> tuple[VectorSet, tuple[str, ...]]:
+    """The set and the names of its classes, one a class or none. `module`: with its weights loaded;
+    `precision`: resolved.
 
     Raises `UsageError` for outputs that this model does not have, and labels that do not fit it.
     """
-    precision = backbone.resolve_precision(config.precision, device)
     facts = backbone.facts_of(module, config.model, config.outputs or (), config.feature_indices, config.feature_names)
     outputs, top_k = _outputs(config, facts)
     labels, source = _labels(config, facts) if top_k else ((), "none")

@@ -4,11 +4,15 @@
 this node under their SHA-256, so that every actor of the node loads the same bytes without network or pickle.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
+import secrets
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,13 +165,48 @@ def stage(module: torch.nn.Module, digest: str) -> Path:
     if final.exists():
         final.touch()
     else:
-        partial = folder / f".{digest}.{os.getpid()}"
+        partial = _partial(final)
         safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, partial)
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, final)
+        _publish(partial, final)
     clear_old(folder)
     return final
+
+
+def receive(digest: str, content: Callable[[], "bytes | memoryview"]) -> Path:
+    """The staged file on a node that may lack it: `content` gives its bytes, to one process while others wait.
+
+    Raises `StorageError` where these are not the weights of that SHA-256.
+    """
+    folder = cache_folder() / "weights"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{digest}.safetensors"
+    with (folder / f".{digest}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of one who dies it is free again
+        if not final.exists():
+            partial = _partial(final)
+            partial.write_bytes(content())
+            try:
+                found = sha256(safetensors.torch.load_file(partial))
+            except safetensors.SafetensorError as e:
+                found = line(e)
+            if found != digest:
+                partial.unlink()
+                raise StorageError(f"weights that came to {platform.node()} are damaged: {found} for {digest}")
+            _publish(partial, final)
+    final.touch()
+    clear_old(folder)
+    return final
+
+
+def _partial(final: Path) -> Path:
+    """Beside it, under a name that no process on any machine has: the folder may be shared."""
+    return final.with_name(f".{final.stem}.{secrets.token_hex(8)}")
+
+
+def _publish(partial: Path, final: Path) -> None:
+    with open(partial, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, final)
 
 
 def load_staged(model: str, path: Path, adapt: Adapt = OWN) -> torch.nn.Module:

@@ -133,7 +133,7 @@ def nodes(folder: Path, rng: random.Random, kills: int) -> Score:
 
 def _on_a_cluster(inputs: str, output: str, kills: int, seed: str) -> int:
     """The driver of `nodes`: it sits on the head, and the second node is killed again and again."""
-    from pipeline import actors, head  # first: they set Ray's environment
+    from pipeline import head  # first: it sets Ray's environment
 
     import ray  # isort: skip
     from ray.cluster_utils import Cluster  # isort: skip
@@ -154,7 +154,6 @@ def _on_a_cluster(inputs: str, output: str, kills: int, seed: str) -> int:
     node = {"num_cpus": 1, "object_store_memory": head.OBJECT_STORE_BYTES}
     cluster = Cluster(initialize_head=True, connect=True, head_node_args=node)
     second = cluster.add_node(**node)
-    actors.start_ray()
     rng, killed = random.Random(seed), 0
     with ThreadPoolExecutor(1) as beside:  # nodes are started from the main thread only
         run = beside.submit(embed, config)

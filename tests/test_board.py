@@ -44,12 +44,12 @@ def test_what_a_dead_worker_had_is_lent_again_first() -> None:
     board = board_of("a", "b", "c")
     board.start(0, "x")
     board.start(1, "y")
-    for who in ("x", "y"):
-        board.say(who, activity())
+    for slot, who in enumerate(("x", "y")):
+        board.say(slot, who, activity())
     assert board.take("x") == (b"a", 0) and board.take("y") == (b"b", 0)
     board.start(0, "x2")
     told = board.read("", 0)
-    assert (told.started, told.ready, set(told.said)) == (3, 2, {"y"})
+    assert (told.slots, told.ready, told.died, told.false_starts, set(told.said)) == ({0, 1}, 2, 0, 0, {"y"})
     assert board.take("y") == (b"a", 1) and board.take("x2") == (b"c", 0)
     board.start(1, "y2")
     assert {board.take("x2"), board.take("x2")} == {(b"a", 2), (b"b", 1)}
@@ -81,5 +81,39 @@ def test_a_board_that_was_started_again_learns_what_is_lent() -> None:
     new.done("b", b"B")
     assert new.read(old.epoch, 7).receipts == [b"B"]  # of which the driver has had none
     new.add([("a", b"a"), ("b", b"b")])
-    new.say("x", activity("a"))
+    new.say(0, "x", activity("a"))
     assert new.take("y") == (b"b", 0) and new.take("y") is False
+    told = new.read("", 0)
+    assert (told.slots, told.ready, told.died, told.false_starts) == ({0}, 1, 0, 0)
+
+
+def test_the_dead_are_counted_by_their_slots() -> None:
+    """One that was ready and whose successor is, and one that never got so far; a slot that is new is no death."""
+    board = board_of("a")
+    for slot, who in ((0, "x"), (1, "y"), (0, "x2"), (2, "z")):
+        board.start(slot, who)
+        if who != "y":
+            board.say(slot, who, activity())
+    board.start(1, "y2")
+    told = board.read("", 0)
+    assert (told.ready, told.died, told.false_starts, set(told.said)) == (3, 1, 1, {"x2", "z"})
+
+
+def test_workers_leave_when_nothing_waits_but_for_the_least() -> None:
+    """Once no more shards come; one that is still at its last shard is heard, and a dead one's shard has a taker."""
+    board = board_of("a", "b")
+    for slot, who in enumerate("xyz"):
+        board.start(slot, who)
+        board.say(slot, who, activity())
+    assert board.take("x") == (b"a", 0) and board.take("y") == (b"b", 0)
+    assert board.take("z") is False
+    board.let_go(least=1)
+    assert [board.take("z"), board.take("x"), board.take("y")] == [True, True, False]
+    assert set(board.read("", 0).said) == {"x", "y"}, "x has a shard under way"
+    board.start(0, "x2")
+    assert board.take("x2") == (b"a", 1) and board.take("x2") is True
+    board.done("a", b"A")
+    board.done("b", b"B")
+    assert board.take("y") is False
+    board.end()
+    assert board.take("y") is True

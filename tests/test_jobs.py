@@ -72,7 +72,8 @@ WRONG = {
     "channels": (["--in-chans", "2"], "images of 2 channels"),
     "engine": (["--engine", "onnx"], "--engine onnx: choose one of eager, compile, openvino"),
     "decode": (["--decode", "cuda", "--device", "cpu"], "--decode cuda: the device is the CPU"),
-    "cluster": (["--ray-address", "auto"], "--ray-address auto is not available yet"),
+    "client of a cluster": (["--ray-address", "ray://h:10001"], "--ray-address ray://h:10001: must be host:port"),
+    "no port": (["--ray-address", "somewhere"], "--ray-address somewhere: must be host:port or auto"),
 }
 
 
@@ -218,7 +219,7 @@ def test_the_command_lines_vectors_are_timms(model: str, shards: Path, tmp_path:
     )
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["rows"] == 4
-    want = oracle.expected(model, images)
+    want = oracle.expected(model, images, maps=True)
     table = versions.open_dataset(str(tmp_path / "out")).to_table().to_pylist()
     assert [r["key"] for r in table] == [f"photo_{i}" for i in range(4)]
     assert oracle.relative(np.array([r["embedding"] for r in table]), want.embedding) < 1e-5
@@ -328,7 +329,8 @@ def test_a_killed_run_resumes_to_the_very_result_of_an_undisturbed_one(tmp_path:
     told = json.loads(out.splitlines()[-1])
     assert told["shards_unchanged"] >= 2 and told["shards_unchanged"] + told["shards_embedded"] == 6
     undisturbed = made.job(tmp_path / "whole", model="pit_ti_224", batch_size=2, decode="fast")
-    versions.commit(Root(str(tmp_path / "whole")), "whole", [r.files for r in made.embed(undisturbed, shards)])
+    files = [r.files for r in made.embed(undisturbed, shards)]
+    versions.commit(Root(str(tmp_path / "whole")), undisturbed.vectors.name, files)
     tables = [
         versions.open_dataset(str(o), kind=kind).to_table()
         for o in (output, tmp_path / "whole")
@@ -390,7 +392,6 @@ def test_a_killed_worker_and_images_that_kill_theirs_cost_time_and_no_row(tmp_pa
     assert call("verify", output, "--input", shards)[0] == 0
 
 
-@pytest.mark.slow
 def test_demo_shows_a_result(tmp_path: Path, ray_session: None) -> None:
     """Shards, rejects by reason, a verified version, a table that pandas printed and a picture."""
     code, out, err = call("demo", "--output", tmp_path / "demo", "--images", 48, "--model", "test_vit", "--json")

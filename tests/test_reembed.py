@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made
 import pytest
 from containers import write_tar
 from pictures import jpeg
@@ -34,8 +35,6 @@ from pipeline.rollback import roll_back
 from pipeline.run import plan
 from pipeline.verify import verify
 
-pytestmark = pytest.mark.usefixtures("ray_session")
-
 IMAGES = 12  # a shard: two of them are eleven ids and more
 
 
@@ -49,6 +48,20 @@ def asked(tmp_path: Path) -> RunConfig:
     shard(tmp_path / "in", "a", 0)
     shard(tmp_path / "in", "b", 100)
     return config(tmp_path / "in", tmp_path / "out", max_reject_rate=0.0)
+
+
+def publish(asked: RunConfig) -> None:
+    """What a run would embed, in this process and without Ray; its job has only to commit."""
+    planned = plan(asked, lambda line: None)
+    job = replace(made.job(planned.root.url), vectors=planned.vectors, labels=planned.labels)
+    vectors = planned.vectors
+    versions.create_set(planned.root, vectors.folder, vectors.as_dict() | {"set": vectors.name})
+    made.embedder(job, net=planned.module)(planned.todo, lambda receipt: None)
+
+
+def committed(asked: RunConfig, **terms: Any) -> Result:
+    publish(asked)
+    return run(asked, **terms)
 
 
 def run(asked: RunConfig, **terms: Any) -> Result:
@@ -66,6 +79,7 @@ def version(asked: RunConfig) -> versions.Version:
 COUNTS = ("result", "version", "shards_embedded", "shards_unchanged", "shards_removed", "rows")
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_five_scheduled_runs_over_a_changing_input(asked: RunConfig, tmp_path: Path) -> None:
     """First, one more, one changed and one gone, nothing new, another model: each commits what is there then."""
     folder, root = tmp_path / "in", Root(asked.output)
@@ -85,16 +99,17 @@ def test_five_scheduled_runs_over_a_changing_input(asked: RunConfig, tmp_path: P
     assert verify(root, version(asked), list_shards(asked.inputs)).clean
     assert versions.numbers(root) == [2, 3, 4] and fifth.json["deleted"] > 0  # --keep 3
     assert holder(root) is None and latest(root)[0] == 5
-    assert read_notes(root)[-1].result["gates"] == gates
+    assert gates in [note.result.get("gates") for note in read_notes(root)]
 
 
 def test_a_refused_result_keeps_its_files_and_the_current_version(asked: RunConfig) -> None:
     """All bounds that it missed are told with the figures; with others the same job has only to commit."""
-    run(asked)
+    committed(asked)
     other = replace(asked, weights="random:1")
+    publish(other)
     refused = run(other, min_rows=30, min_overlap=1.0, min_top1_agreement=1.0)
     drift = refused.json["gates"]["drift"]
-    assert told(refused, "result", "version", "version_before", "shards_embedded") == (3, "refused", None, 1, 2)
+    assert told(refused, "result", "version", "version_before") == (3, "refused", None, 1)
     assert refused.message == (
         f"24 rows, --min-rows is 30; overlap_at_10 is {drift['overlap_at_10']:.4f}, --min-overlap is 1; "
         f"top1_agreement is {drift['top1_agreement']:.4f}, --min-top1-agreement is 1; "
@@ -107,20 +122,20 @@ def test_a_refused_result_keeps_its_files_and_the_current_version(asked: RunConf
 
 def test_an_input_that_shrinks_by_mistake_is_refused(asked: RunConfig, tmp_path: Path) -> None:
     """Half of the rows gone: refused below --max-shrink, let through at it; small outputs may shrink as they like."""
-    run(asked)
+    committed(asked)
     (tmp_path / "in" / "b.tar").unlink()
     refused = run(asked, max_shrink=0.4)
     assert told(refused, "result") == (3, "refused") and version(asked).version == 1
     assert "12 rows are 50% fewer than the 24 of version 1, --max-shrink is 40%" in refused.message
     assert told(run(asked, max_shrink=0.5), "result", "rows") == (0, "committed", 12)
     shard(tmp_path / "in", "a", 0, 1)
-    assert told(run(asked), "result", "rows") == (0, "committed", 1)
+    assert told(committed(asked), "result", "rows") == (0, "committed", 1)
 
 
 def test_a_bound_on_what_cannot_be_measured_refuses(asked: RunConfig) -> None:
     """Where classes were never kept, no agreement is known; without the bound it is only not measured."""
-    run(replace(asked, outputs=("embedding",)))
-    refused = run(asked, min_top1_agreement=0.1)
+    committed(replace(asked, outputs=("embedding",)))
+    refused = committed(asked, min_top1_agreement=0.1)
     assert refused.exit_code == 3
     assert "top1_agreement cannot be measured (a set keeps no classes), --min-top1-agreement is 0.1" in refused.message
     assert told(run(asked, min_overlap=1.0), "result") == (0, "committed")  # the very vectors
@@ -134,17 +149,18 @@ def test_a_second_start_does_nothing_and_says_who_works(asked: RunConfig, tmp_pa
         assert told(taken, "result", "version", "shards_embedded") == (0, "taken", None, 0)
         assert taken.json["lease"].startswith(f"taken-by {lease_module.platform.node()}:{os.getpid()} since 20")
         assert not (tmp_path / "out" / "versions").exists() and not (tmp_path / "out" / "sets").exists()
-    assert told(run(asked), "result") == (0, "committed")
+    assert told(committed(asked), "result") == (0, "committed")
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_who_lost_the_lease_commits_nothing(asked: RunConfig) -> None:
     """Another takes over while it works, as where clocks differ by a day: 1, a sentence, and the work is not lost."""
     root = Root(asked.output)
 
     def overtaken(line: str) -> None:
         if "to embed" in line:
-            terms = replace(latest(root)[1], token="another", host="elsewhere", pid=7)  # type: ignore[type-var]
-            root.put_new("reports/lease/00000002.json", json.dumps(vars(terms)).encode())
+            claim = replace(latest(root)[1], token="another", host="elsewhere", pid=7)  # type: ignore[type-var]
+            root.put_new("reports/lease/00000002.json", json.dumps(vars(claim)).encode())
 
     ended = reembed(asked, Terms(), overtaken)
     assert told(ended, "result", "version", "shards_embedded") == (1, "failed", None, 2)
@@ -155,21 +171,24 @@ def test_who_lost_the_lease_commits_nothing(asked: RunConfig) -> None:
 
 
 def test_a_scheduler_that_ends_it_leaves_no_lease(asked: RunConfig) -> None:
-    """SIGTERM while the model loads and while it embeds: 130 at once, and the next start may work."""
+    """SIGTERM is Ctrl-C from the start on, which the command line ends with 130; the next start may work."""
     root = Root(asked.output)
+    seen: list[bool] = []
 
     def ends(line: str) -> None:
+        seen.append(holder(root) is not None)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    assert told(reembed(asked, Terms(), ends), "result") == (130, "interrupted")
-    assert holder(root) is None and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt):
+        reembed(asked, Terms(), ends)
+    assert seen == [True] and holder(root) is None and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_what_was_rolled_back_does_not_come_again_by_itself(asked: RunConfig, tmp_path: Path) -> None:
     """Another model is held over a new shard too, and embeds nothing; the old model passes; or the flag lets it."""
     other, root = replace(asked, weights="random:1"), Root(asked.output)
-    run(asked)
-    run(other)
+    committed(asked)
+    committed(other)
     roll_back(root)
     assert told(run(other), "result", "version_before") == (3, "refused", 3)
     shard(tmp_path / "in", "c", 200)
@@ -177,29 +196,29 @@ def test_what_was_rolled_back_does_not_come_again_by_itself(asked: RunConfig, tm
     assert told(refused, "result", "shards_embedded") == (3, "refused", 0)
     assert "version 3 rolled back to version 1, away from set " in refused.message
     assert "--after-rollback" in refused.message and version(asked).version == 3
-    assert told(run(asked), "result", "version", "rows") == (0, "committed", 4, 36)
-    assert told(run(other), "result", "version") == (0, "committed", 5)  # a decision made after the rollback's
+    assert told(committed(asked), "result", "version", "rows") == (0, "committed", 4, 36)
+    assert told(committed(other), "result", "version") == (0, "committed", 5)  # a decision made after the rollback's
     roll_back(root)
     assert told(run(other, after_rollback=True), "result", "version") == (0, "committed", 7)
 
 
 def test_an_input_that_was_rolled_back_is_held_until_it_changes(asked: RunConfig, tmp_path: Path) -> None:
     """Within one set it is the list of files: the same shards again are refused, repaired ones are not."""
-    run(asked)
+    committed(asked)
     shard(tmp_path / "in", "bad", 200)
-    run(asked)
+    committed(asked)
     roll_back(Root(asked.output))
     refused = run(asked)
-    assert told(refused, "result", "shards_embedded") == (3, "refused", 0)
+    assert told(refused, "result") == (3, "refused")
     assert "away from the files of version 2" in refused.message
     shard(tmp_path / "in", "bad", 300)
-    assert told(run(asked), "result", "version", "shards_embedded") == (0, "committed", 4, 1)
+    assert told(committed(asked), "result", "version") == (0, "committed", 4)
 
 
 def test_clean_up_spares_what_an_unfinished_run_may_go_on_from(asked: RunConfig, tmp_path: Path) -> None:
     """A set that somebody embeds by hand and interrupted yesterday stays; one that was given up last month goes."""
     root = Root(asked.output)
-    run(asked)
+    committed(asked)
     for name, days in (("by_hand@1", 1), ("given_up@2", 30)):
         root.put_new(f"sets/{name}/embeddings/x-1.parquet", b"")
         state = State(set=name, shards=9, started=time.time() - days * 86400)
@@ -209,18 +228,23 @@ def test_clean_up_spares_what_an_unfinished_run_may_go_on_from(asked: RunConfig,
         aged = vars(state) | {"updated": state.started}
         root.overwrite(note_name, json.dumps({k: v for k, v in aged.items() if not k.startswith("_")}).encode())
     shard(tmp_path / "in", "c", 200)
-    assert told(run(asked, keep=1), "result", "deleted") == (0, "committed", 2)  # version 1 and the given up
+    assert told(committed(asked, keep=1), "result", "deleted") == (0, "committed", 2)  # version 1 and the given up
     assert {name.split("/")[1] for name in root.list("sets")} == {"by_hand@1", version(asked).set}
     assert sets_in_use([State(set="x", shards=1, state="failed"), State(set="x", shards=1, state="committed")]) == set()
     assert told(run(asked, keep=None), "result", "deleted") == (0, "unchanged", 0)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_the_bill_is_counted_where_it_can_be_and_writes_nothing(asked: RunConfig, tmp_path: Path) -> None:
     """Nothing known; then another model over counted shards and a new one by bytes an image; what goes is named."""
     dry = replace(asked, dry_run=True)
     first = run(dry)
     assert told(first, "result", "images", "hours", "lease", "shards_to_embed") == (0, "dry-run", None, None, "free", 2)
-    assert "unknown many images (no former run to estimate by)" in first.message and not Path(asked.output).exists()
+    assert first.message.endswith(
+        "shards to embed: 2; images: unknown (no former run to estimate by); "
+        "time: unknown: no former run to go by; shards to drop: 0"
+    )
+    assert not Path(asked.output).exists()
     run(asked)
     before = sorted((p, p.stat().st_mtime_ns) for p in Path(asked.output).rglob("*"))
     again = run(dry)
@@ -229,12 +253,13 @@ def test_the_bill_is_counted_where_it_can_be_and_writes_nothing(asked: RunConfig
     other = run(replace(dry, weights="random:1"))
     assert told(other, "images", "images_estimated", "images_per_s") == (0, 24, False, speed)
     assert other.json["hours"] == pytest.approx(24 / speed / 3600)
-    assert "24 images (counted by version 1)" in other.message and "the last run, of another set" in other.message
+    assert "images: 24 (counted by version 1); time: about " in other.message
+    assert f" s, at the {speed:,.1f} images/s of the last run, of another set, test_vit@" in other.message
     shutil.copy(tmp_path / "in" / "a.tar", tmp_path / "in" / "c.tar")
     (tmp_path / "in" / "b.tar").unlink()
     more = run(dry)
     assert told(more, "images", "images_estimated", "removed", "to_embed") == (0, 12, True, ["b"], ["c"])
-    assert "about 12 images" in more.message and "1 shards to drop: b" in more.message
+    assert "images: about 12 (bytes an image of the" in more.message and "shards to drop: 1 (b)" in more.message
     told_by, _ = bill(plan(asked, lambda line: None), None)  # as where no version is left: by the former run's bytes
     assert told_by["images_estimated"] and abs(told_by["images"] - 12) <= 12
     assert sorted((p, p.stat().st_mtime_ns) for p in Path(asked.output).rglob("*")) == before
@@ -266,6 +291,7 @@ def pairs(line: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in rest)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_the_line_for_a_scheduler(asked: RunConfig, tmp_path: Path) -> None:
     """One line of key=value on stdout, whatever the end; a job file stands for the flags; wrong ones end with 2."""
     job = tmp_path / "job.yaml"
@@ -306,12 +332,13 @@ def expand(job: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_a_killed_run_is_taken_up_once_its_lease_has_run_out(asked: RunConfig, tmp_path: Path) -> None:
     """Blue and green: killed amid another model, readers keep their version; then it goes on and is current."""
     run(asked)
     root = Root(asked.output)
     argv = ["--input", f"{tmp_path}/in", "--output", asked.output, "--model", "pit_ti_224", "--weights", "random:0"]
-    argv += ["--actors", "1", "--batch-size", "2", "--precision", "fp32", "--lease-timeout", "20"]
+    argv += ["--actors", "1", "--batch-size", "2", "--precision", "fp32", "--lease-timeout", "8"]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs", "reembed", *argv],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
@@ -328,7 +355,7 @@ def test_a_killed_run_is_taken_up_once_its_lease_has_run_out(asked: RunConfig, t
     if holder(root) is not None:
         assert (code, pairs(out)["result"]) == (0, "taken") and f":{job.pid} since" in err
     wait_for(lambda: holder(root) is None)
-    code, out, err = call("reembed", *argv, "--json")
+    code, out, err = call("reembed", *argv, "--lease-timeout", 60, "--json")
     assert code == 0, err
     ended = json.loads(out)
     assert (ended["version"], ended["shards_unchanged"] + ended["shards_embedded"]) == (2, 2)

@@ -97,12 +97,13 @@ def test_of_four_starts_one_holds_the_lease_until_it_has_been_dead_for_a_while(b
         winner.wait()
         with pytest.raises(Taken, match=f":{winner.pid} since"), Lease(root, 60):
             pass
+        of_the_dead = root.read("reports/lease/00000001.json")
         while holder(root) is not None:
             time.sleep(0.1)
         with Lease(root, 60) as lease:
             lease.check()
             assert latest(root)[0] == 2
-            root.put_new("reports/lease/00000003.json", root.read("reports/lease/00000001.json"))
+            root.put_new("reports/lease/00000003.json", of_the_dead)
             with pytest.raises(Lost, match="taken over"):
                 lease.check()
 

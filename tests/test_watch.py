@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,7 +35,11 @@ def activity(steps: int, shard: str = "x", stage: str = "forward") -> dict[str, 
     return {"steps": steps, "stage": stage, "shard": shard, "under_way": {shard: (steps, 0)}}
 
 
-Told = tuple[int, int, dict[str, Any]]  # workers started, ready, what they say
+Told = actors.News  # without receipts
+
+
+def told(started: int, ready: int, said: dict[str, Any], **more: int) -> Told:
+    return actors.News([], started=started, ready=ready, said=said, **more)
 
 
 class Pool:
@@ -56,11 +61,11 @@ class Pool:
         try:
             item = self._arrived.get(timeout=0.01)
         except queue.Empty:
-            return actors.News([], *next(self._boards))
+            return next(self._boards)
         if isinstance(item, Exception):
             raise item
         self.is_done = item is None
-        return actors.News([item] if item else [], *next(self._boards))
+        return replace(next(self._boards), receipts=[item] if item else [])
 
 
 def watched(
@@ -88,51 +93,64 @@ def slowly(*items: Receipt | Exception, wait_s: float = 0.1) -> Iterator[Receipt
 
 def test_receipts_pass_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, whatever the board says meanwhile."""
-    boards = itertools.repeat((1, 1, {"elsewhere:1:a": activity(1)}))
+    boards = itertools.repeat(told(1, 1, {"elsewhere:1:a": activity(1)}))
     got, said = watched(boards, slowly(receipt("a"), receipt("b"), wait_s=0.02), monkeypatch)
     assert [r.shard for r in got] == ["a", "b"] and said == []
 
 
 def test_a_worker_that_stands_still_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its stage and shard; before any worker is up it is their start."""
-    boards = itertools.repeat((1, 1, {"elsewhere:1:a": activity(7, "s3", "decode")}))
+    boards = itertools.repeat(told(1, 1, {"elsewhere:1:a": activity(7, "s3", "decode")}))
     with pytest.raises(Stalled, match="no progress for 0 s in stage decode of s3"):
         watched(boards, slowly(receipt("a"), wait_s=5), monkeypatch, stall_timeout_s=0.2)
     with pytest.raises(Stalled, match="in stage start of the actors"):
-        watched(itertools.repeat((0, 0, {})), slowly(receipt("a"), wait_s=5), monkeypatch, stall_timeout_s=0.2)
+        watched(itertools.repeat(told(0, 0, {})), slowly(receipt("a"), wait_s=5), monkeypatch, stall_timeout_s=0.2)
 
 
 def test_steps_alone_are_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard may take as long as it needs while its images move."""
-    boards = ((1, 1, {"elsewhere:1:a": activity(n // 5)}) for n in itertools.count())
+    boards = (told(1, 1, {"elsewhere:1:a": activity(n // 5)}) for n in itertools.count())
     got, _ = watched(boards, slowly(receipt("a"), wait_s=0.6), monkeypatch, stall_timeout_s=0.2)
     assert len(got) == 1
 
 
 def test_dead_workers_are_told_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the names of their successors; a pool that grows by itself starts workers too, and says nothing."""
-    names = [{f"elsewhere:{i}:a": activity(i) for i in range(n)} for n in (1, 2, 2, 2, 4)]
-    boards = itertools.chain(((len(n), len(n), n) for n in names), itertools.repeat((4, 4, names[-1])))
-    _, said = watched(boards, slowly(receipt("a")), monkeypatch)
+    """Those that have successors; workers that a pool takes on when it grows are none."""
+    news = [told(2, 2 + died, {"elsewhere:1:a": activity(died)}, died=died) for died in (0, 1, 1, 3)]
+    _, said = watched(itertools.chain(news, itertools.repeat(news[-1])), slowly(receipt("a")), monkeypatch)
     assert [s.partition(" died")[0] for s in said] == ["a worker", "2 workers"]
-    boards = itertools.chain(((len(n), len(n), n) for n in names), itertools.repeat((4, 4, names[-1])))
-    assert watched(boards, slowly(receipt("a")), monkeypatch, size=(1, 4))[1] == []
+    news = [told(n, n, {"elsewhere:1:a": activity(n)}) for n in (1, 2, 4)]
+    grown = itertools.chain(news, itertools.repeat(news[-1]))
+    assert watched(grown, slowly(receipt("a")), monkeypatch, size=(1, 4))[1] == []
 
 
 def test_workers_that_never_get_ready_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a few of them, whatever the stall timeout; as many as the pool has may be on their way."""
-    boards = ((n, 0, {}) for n in itertools.count())
+    """After a few of them, whatever the stall timeout; each time that one gets ready the count begins anew."""
+    boards = (told(2, 0, {}, false_starts=n) for n in itertools.count())
     with pytest.raises(Failed, match="4 workers died before they had loaded the model"):
         watched(boards, slowly(receipt("a"), wait_s=5), monkeypatch, size=(2, 2))
-    got, _ = watched(itertools.repeat((5, 0, {})), slowly(receipt("a")), monkeypatch, size=(2, 2))
+    got, _ = watched(itertools.repeat(told(2, 0, {}, false_starts=3)), slowly(receipt("a")), monkeypatch, size=(2, 2))
     assert len(got) == 1
-    boards = (
-        (3 * n, 1 + n // 2, {}) for n in itertools.count()
-    )  # each time that one gets ready, the count begins anew
+    boards = (told(2, 1 + n // 2, {}, false_starts=n) for n in itertools.count())
     assert len(watched(boards, slowly(receipt("a")), monkeypatch, size=(2, 2))[0]) == 1
+
+
+def test_the_least_number_of_workers_must_find_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the stall timeout while shards wait, whoever moves; once all have been there, or none waits, never."""
+
+    def moving(started: int, waiting: int) -> Iterator[Told]:
+        return (told(started, 1, {"elsewhere:1:a": activity(n)}, waiting=waiting) for n in itertools.count())
+
+    with pytest.raises(
+        Stalled, match="only 1 of the 2 workers that --actors asks for found room in 0 s, in stage start"
+    ):
+        watched(moving(1, 3), slowly(receipt("a"), wait_s=5), monkeypatch, size=(2, 4), stall_timeout_s=0.2)
+    for boards in (moving(1, 0), moving(2, 3), itertools.chain([told(2, 2, {}, waiting=3)], moving(1, 3))):
+        got, _ = watched(boards, slowly(receipt("a"), wait_s=0.5), monkeypatch, size=(2, 4), stall_timeout_s=0.2)
+        assert len(got) == 1
 
 
 def test_what_ray_raises_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the receipts that came before it."""
     with pytest.raises(Failed, match="the workers failed: ValueError: no such column"):
-        watched(itertools.repeat((0, 0, {})), slowly(receipt("a"), ValueError("no such column")), monkeypatch)
+        watched(itertools.repeat(told(0, 0, {})), slowly(receipt("a"), ValueError("no such column")), monkeypatch)

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import oracle
@@ -12,7 +14,7 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.weights import architecture_of, load_module, load_staged, sha256, stage
+from pipeline.weights import architecture_of, load_module, load_staged, receive, sha256, stage
 
 
 def test_random_weights_are_timms_own_initialisation() -> None:
@@ -146,6 +148,30 @@ def test_a_staged_file_is_the_weights_and_nothing_else(own_cache: Path) -> None:
     before = path.stat().st_ino
     assert stage(module, digest).stat().st_ino == before
     assert sha256(load_staged("test_vit", path).state_dict()) == digest
+
+
+def test_a_node_that_lacks_the_weights_takes_them_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that start together wait for the first; what is not these weights is not kept, and is named."""
+    module = oracle.module("test_vit")
+    digest = sha256(module.state_dict())
+    content = stage(module, digest).read_bytes()
+    monkeypatch.setenv("SHARD2VEC_CACHE", str(tmp_path))
+    taken = list[int]()
+
+    def fetch() -> bytes:
+        taken.append(1)
+        time.sleep(0.2)
+        return content
+
+    with ThreadPoolExecutor(4) as pool:
+        (path,) = set(pool.map(lambda _: receive(digest, fetch), range(4)))
+    assert taken == [1] and path.read_bytes() == content
+    assert [p.name for p in path.parent.glob("[!.]*")] == [f"{digest}.safetensors"]
+    path.unlink()
+    for wrong, why in ((content[:-8], "damaged"), (safetensors.torch.save({}), f"are damaged: .* for {digest}")):
+        with pytest.raises(StorageError, match=why):
+            receive(digest, lambda wrong=wrong: wrong)
+        assert not list(path.parent.glob("*.safetensors")) and len(list(path.parent.iterdir())) == 1
 
 
 def test_a_damaged_staged_file_is_not_used(own_cache: Path) -> None:

@@ -1,6 +1,6 @@
 """shard2vec side by side with what else embeds images: same photos, model, weights and precision, in turns.
 
-    python -m benchmarks.peers --photos DIR [--models a,b] [--rounds 5] [--repeat N] [--only peer,peer] [--out FILE]
+    python -m benchmarks.peers --photos DIR [--cases a,b] [--rounds 5] [--repeat N] [--only peer,peer] [--out FILE]
 
 Each peer is a script of this folder and runs as a process of its own. Steady: from the first read to the last row
 written, without start-up. All-in: the whole process. The reference, 1.00, is two plain processes (one a core) with the
@@ -8,6 +8,7 @@ same decode: timm's own for the others, shard2vec's for shard2vec. A run whose v
 """
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -17,8 +18,10 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from PIL import Image
 
 from benchmarks.peers.job import Job
 from benchmarks.peers.measure import measure
@@ -34,18 +37,23 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Case:
-    """A model's own settings. `repeat`: how often each photo is used, so that shard2vec works for some seconds."""
+    """One table. `repeat`: how often each photo is used, so that shard2vec works for some seconds."""
 
+    model: str
     repeat: int = 1
+    size: tuple[int, int] | None = None  # of the photos, width and height; None: as they are
     threads: int = os.cpu_count() or 1  # of the one model in peers whose other processes do the decoding
 
 
-MODELS = {
-    "pit_ti_224": Case(repeat=4),  # the forward pass is the limit
-    # timm's lightest: 160 pixels, 1,300 images/s a core in bf16, so feeding is the limit. Its forward pass is too small
-    # to gain from threads, which only take the cores from the decoding.
-    "test_vit": Case(repeat=20, threads=1),
+CASES = {
+    "pit_ti": Case("pit_ti_224", repeat=4),  # the forward pass is the limit
+    # timm's lightest, 160 pixels: decoding and the forward pass take about as long. It is too small to gain from
+    # threads, which only take the cores from the decoding.
+    "test_vit": Case("test_vit", repeat=20, threads=1),
+    # … and four times as many pixels to decode, so that feeding is the limit.
+    "large_photos": Case("test_vit", repeat=8, size=(1024, 768), threads=1),
 }
+QUALITY = 90  # of the photos in another size
 
 
 @dataclass(frozen=True)
@@ -75,15 +83,20 @@ def peers_for(case: Case) -> list[Peer]:
     return peers if ours != "exact" else peers[:-1]  # the last one is the same then
 
 
-def prepare(photos: Path, repeat: int, scratch: Path) -> tuple[Path, Path]:
+def prepare(photos: Path, case: Case, scratch: Path) -> tuple[Path, Path]:
     """A folder of tars and one of the images as files: each tar so many times, as links under other names."""
-    tars, files = scratch / "tars", scratch / "files"
+    tars, files, repeat = scratch / "tars", scratch / "files", case.repeat
     for folder in (tars, files):
         folder.mkdir(parents=True)
     for path in sorted(photos.glob("*.tar")):
-        copy = shutil.copy(path, scratch / "copy.tar")
-        with tarfile.open(copy) as tar:
+        copy = scratch / "copy.tar"
+        with tarfile.open(path) as tar:
             images = {m.name: tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")}
+        if case.size is None:
+            shutil.copy(path, copy)
+        else:
+            images = {name: resized(data, case.size) for name, data in images.items()}
+            write_tar(copy, images)
         for i in range(repeat):
             os.link(copy, tars / f"{path.stem}-{i:03}.tar")
             (files / f"{path.stem}-{i:03}").mkdir()
@@ -92,6 +105,23 @@ def prepare(photos: Path, repeat: int, scratch: Path) -> tuple[Path, Path]:
                 os.link(first, link) if i else link.write_bytes(data)
         Path(copy).unlink()
     return tars, files
+
+
+def resized(jpeg: bytes, size: tuple[int, int]) -> bytes:
+    """The photo in so many pixels, upright ones turned that way round."""
+    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    size = size if image.width >= image.height else size[::-1]
+    found = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(found, "JPEG", quality=QUALITY)
+    return found.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def run_peer(peer: Peer, job: Job, oracle: Oracle) -> Run:
@@ -139,19 +169,20 @@ def machine() -> str:
 
 
 def asked() -> argparse.Namespace:
-    names = [peer.name for peer in peers_for(Case())]
+    names = [peer.name for peer in peers_for(CASES["pit_ti"])]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--photos", type=Path, required=True, help="a folder of WebDataset tars of .jpg, without folders in them"
     )
-    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS), help=",".join(MODELS))
+    parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES), help=",".join(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeat", type=int, help="use each photo so many times")
     parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=",".join(names))
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     flags = parser.parse_args()
-    if unknown := set(flags.only) - set(names):
-        parser.error(f"--only {','.join(sorted(unknown))}: choose from {','.join(names)}")
+    for flag, asked_for, known in (("--only", flags.only, names), ("--cases", flags.cases, list(CASES))):
+        if unknown := set(asked_for) - set(known):
+            parser.error(f"{flag} {','.join(sorted(unknown))}: choose from {','.join(known)}")
     if not any(flags.photos.glob("*.tar")):
         parser.error(f"--photos {flags.photos}: no .tar is there")
     return flags
@@ -160,20 +191,19 @@ def asked() -> argparse.Namespace:
 def main() -> None:
     flags = asked()
     precision = resolve_precision("auto", "cpu")
-    figures = {"machine": machine(), "precision": precision, "models": {}}
-    for model in flags.models:
+    figures = {"machine": machine(), "precision": precision, "cases": {}}
+    for name in flags.cases:
+        case = replace(CASES[name], repeat=flags.repeat or CASES[name].repeat)
         with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-            case = MODELS.get(model, Case())
             peers = [peer for peer in peers_for(case) if peer.name in flags.only]
-            repeat = flags.repeat or case.repeat
-            tars, files = prepare(flags.photos, repeat, Path(folder))
-            job = Job(tars=tars, files=files, output=Path(folder) / "out", model=model, precision=precision)
+            tars, files = prepare(flags.photos, case, Path(folder))
+            job = Job(tars=tars, files=files, output=Path(folder) / "out", model=case.model, precision=precision)
             runs = rounds(peers, job, flags.rounds)
         rows = [Row(peer.title, runs[peer.name], runs.get(peer.reference, ())) for peer in peers]
-        title = f"`{model}`, {precision}, {flags.rounds} rounds, {figures['machine']}"
-        print(f"\n{title}\n\n{markdown(rows)}\n", flush=True)
-        figures["models"][model] = {
-            "repeat": repeat,
+        size = f", photos of {case.size[0]}x{case.size[1]}" if case.size else ""
+        print(f"\n`{case.model}`{size}, {precision}, {flags.rounds} rounds, {figures['machine']}\n\n{markdown(rows)}\n")
+        sys.stdout.flush()
+        figures["cases"][name] = asdict(case) | {
             "peers": {peer.name: {"command": peer.command, "runs": [*map(asdict, runs[peer.name])]} for peer in peers},
         }
         if flags.out:
