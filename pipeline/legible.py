@@ -16,8 +16,9 @@ def legible(text: str, most: int = MOST_CHARS) -> str:
 
 
 def first_synonym(name: str, most: int) -> str:
-    """Of a class with several, as ImageNet's have them, the first where all are too long; no longer than `most`."""
-    return shorten(name if len(name) <= most else name.split(",")[0], most)
+    """Legible; of a class with several, as ImageNet's have them, the first where all are too long for `most`."""
+    shown = legible(name, 20 * most)
+    return shorten(shown if len(shown) <= most else shown.split(",")[0], most)
 
 
 def shorten(text: str, most: int) -> str:

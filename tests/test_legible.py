@@ -25,6 +25,7 @@ def test_a_class_of_many_names_goes_by_its_first() -> None:
     assert first_synonym("wallet, billfold, notecase", 24) == "wallet"
     assert first_synonym("crane, bird", 24) == "crane, bird"
     assert first_synonym("x" * 30 + ", y", 9) == "xxxx…xxxx"
+    assert "SECRET" not in first_synonym("a" * 30 + " https://h.test/a?X-Amz-Signature=" + "SECRET" * 9, 40)
 
 
 def test_long_text_keeps_both_ends() -> None:

@@ -33,7 +33,7 @@ NO_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, and no
 # A tar's names are anybody's; a dot would end the key.
 SCRIPT = "</script><script>window['hit']=1</script>"
 HANDLER = "\"><img src=x onerror=window['hit']=1>"
-SIGNED = "https:__x"
+SIGNED = "https://h.test/a?X-Amz-Signature=SECRET"
 ENTITY = "&lt;b&gt; %{x} $x^2$ \u202egpj"
 CLASS = "<a href=\"javascript:window['hit']=1\">class</a> <b>"
 CHARTS = {
@@ -64,7 +64,7 @@ def output(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
     oracle.write_shards(folder / "in")
     (folder / "labels.txt").write_text("".join(f"{CLASS} {i}\n" for i in range(1000)))
     first = embed(config(folder), lambda line: None)
-    names = {f"{key}.jpg": jpeg(60, 40, seed=i) for i, key in enumerate((SCRIPT, HANDLER, ENTITY))}
+    names = {f"{key}.jpg": jpeg(60, 40, seed=i) for i, key in enumerate((SCRIPT, HANDLER, ENTITY, SIGNED))}
     names |= {f"{key}-cut.jpg": broken()["jpeg_rgb_cut"][1] for key in (SCRIPT, HANDLER)}
     write_tar(folder / "in" / "hostile.tar", names)
     second = embed(config(folder), lambda line: None)
@@ -87,14 +87,14 @@ def test_the_figures_are_those_of_the_run(made: Report, output: Path) -> None:
     first, second, _ = read_notes(root)
     assert (told["run"], told["version"], told["state"]) == (second.name, 2, "committed")
     assert told["result"] == second.result and second.machine["cores"] >= 1 and second.machine["memory_bytes"] > 2**30
-    assert (told["rows"], told["rejects"]) == (24, {"truncated": 3, "corrupt": 1, "missing_image": 1})
+    assert (told["rows"], told["rejects"]) == (25, {"truncated": 3, "corrupt": 1, "missing_image": 1})
     assert told["verdict"].startswith("Embedded 1 shard of 4 at ")
-    assert told["verdict"].endswith("Version 2 holds 24 rows; 5 samples (17.2%) were rejected.")
+    assert told["verdict"].endswith("Version 2 holds 25 rows; 5 samples (16.7%) were rejected.")
     assert read_receipts(root, first.name).num_rows == 3 and told["timeline"]["shards"] == 1
     assert told["timeline"]["slowest"][0]["shard"] == "hostile"
     rows = told["distributions"]
-    assert (rows["rows"], rows["of"], sum(rows["norm"]["counts"])) == (24, 24, 24)
-    assert sum(c["images"] for c in rows["classes"]) == 24 and rows["classes_there"] == 1000
+    assert (rows["rows"], rows["of"], sum(rows["norm"]["counts"])) == (25, 25, 25)
+    assert sum(c["images"] for c in rows["classes"]) == 25 and rows["classes_there"] == 1000
     assert rows["accuracy"]["labelled"] == second.result["labelled"] == 21
     for key in ("top1", "top5"):
         assert rows["accuracy"][key] == pytest.approx(second.result[key])
@@ -103,8 +103,15 @@ def test_the_figures_are_those_of_the_run(made: Report, output: Path) -> None:
         "rows_before": 21, "rejected_before": 3,
     }  # fmt: skip
     assert told["drift"]["ids"] == 21 and told["drift"]["mean_cosine"] == pytest.approx(1)
-    assert told["thumbnails"] == 24 + 3  # all rows, and what decodes of the cut images
-    assert json.loads(json.dumps(told)) == json.loads(json.dumps(told, allow_nan=False))
+    assert told["thumbnails"] == 25 + 3  # all rows, and what decodes of the cut images
+    json.dumps(told, allow_nan=False)
+
+
+def test_signatures_are_in_no_report(made: Report) -> None:
+    """A key may be a signed URL: neither the page nor `--json` holds what signs it."""
+    for text in (Path(made.path).read_text(), json.dumps(made.json)):
+        assert "SECRET" not in text and "Amz" not in text
+    assert "https://h.test/a" in Path(made.path).read_text()
 
 
 def test_a_refused_run_tells_why_and_what_it_has(output: Path) -> None:
@@ -112,7 +119,7 @@ def test_a_refused_run_tells_why_and_what_it_has(output: Path) -> None:
     root = Root(str(output / "out"))
     made = report(root)
     assert made.json["state"] == "refused" and made.json["version"] is None
-    assert made.json["verdict"].startswith("The run was refused by a gate. Its set has 24 rows in 4 shards; 5 ")
+    assert made.json["verdict"].startswith("The run was refused by a gate. Its set has 25 rows in 4 shards; 5 ")
     assert Path(made.path).parent == output / "out" / "reports" and Path(made.path).stat().st_size == made.json["bytes"]
     page = Path(made.path).read_text()
     assert "--max-reject-rate is 0.00%" in page and "name the input again" in page
@@ -202,7 +209,7 @@ def test_it_shows_every_chart_asks_for_nothing_and_says_nothing(page: Any) -> No
     )
     assert drawn.keys() == CHARTS and all(drawn.values()), drawn
     assert page.evaluate("document.querySelectorAll('.js-plotly-plot').length") == len(CHARTS)
-    assert page.locator('[data-chart="map"] .points path').count() == 24
+    assert page.locator('[data-chart="map"] .points path').count() == 25
     assert page.said == [] and [url for url in page.asked if not url.startswith("data:")] == [page.url]
     assert page.title() == "test_vit, version 2 – shard2vec report"
 
