@@ -237,7 +237,7 @@ def test_nothing_of_strangers_runs(page: Any) -> None:
     assert SCRIPT in text and HANDLER in text
     assert CLASS in page.locator("bdi.what").first.get_attribute("title")
     assert "\u202e" not in text and "\\u202egpj" in text
-    labels = page.locator('[data-chart="classes"] .yaxislayer-above text').all_inner_texts()
+    labels = page.locator('[data-chart="classes"] .yaxislayer-above text').all_text_contents()
     assert labels and all(label.startswith("<a href=") for label in labels)
     assert page.locator(".chart b, .chart a:not(.modebar-btn)").count() == 0
 
