@@ -20,9 +20,9 @@ def files(
     """
 
     def body() -> int:
-        from pipeline import versions
+        from pipeline import readers
 
-        names = versions.files(output, kind=kind, version=version, set_name=set_name)
+        names = readers.files(output, kind=kind, version=version, set_name=set_name)
         if json:
             exits.print_json({"kind": kind, "files": names})
         else:

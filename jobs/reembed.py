@@ -7,6 +7,7 @@ import typer
 from jobs import exits, flags
 from jobs.embed_flags import EmbedFlags, takes_embed_flags
 from pipeline.errors import StorageError, UsageError
+from pipeline.storage import redact
 
 # What the line tells, where the result has it.
 FIRST = ("version", "version_before", "set", "shards", "shards_to_embed", "shards_embedded", "shards_unchanged")
@@ -61,14 +62,14 @@ def reembed(
             code, why = exits.ending(e)
             word = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
             if not asked.json:
-                print(_line(word, code, {"output": asked.output}, why), flush=True)
+                print(_line(word, code, {"output": redact(asked.output or "") or None}, why), flush=True)
             raise
         exits.say(f"shard2vec: {result.message}")
         if asked.json:
             exits.print_json(result.json)
         else:
             told = result.json
-            why = "" if result.exit_code == 0 and told["result"] != "taken" else result.message
+            why = result.message if result.exit_code else ""
             print(_line(told["result"], result.exit_code, told, why), flush=True)
         return result.exit_code
 

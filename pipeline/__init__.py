@@ -18,7 +18,7 @@ defer_compiler()
 def __getattr__(name: str) -> Any:
     # Resolved when first used: importing the package loads neither torch nor Ray.
     if name in ("files", "open_dataset"):
-        from pipeline import versions
+        from pipeline import readers
 
-        return getattr(versions, name)
+        return getattr(readers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

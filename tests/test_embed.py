@@ -27,8 +27,9 @@ from pipeline.feed import Fed
 from pipeline.flow import ByteBudget, Flow
 from pipeline.listing import Shard, list_shards
 from pipeline.output import Root
+from pipeline.readers import open_dataset
 from pipeline.shards import read_samples
-from pipeline.versions import file_name, open_dataset, published
+from pipeline.versions import file_name, published
 
 
 def rows(receipts: list[Receipt], output: Path, columns: list[str] | None = None) -> dict[str, dict]:

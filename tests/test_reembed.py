@@ -21,7 +21,7 @@ from test_run import config
 
 from jobs.reembed import _line
 from pipeline import lease as lease_module
-from pipeline import versions
+from pipeline import readers, versions
 from pipeline.bill import bill
 from pipeline.config import RunConfig
 from pipeline.errors import UsageError
@@ -350,7 +350,7 @@ def test_a_killed_run_is_taken_up_once_its_lease_has_run_out(asked: RunConfig, t
     wait_for(lambda: list(green.glob("pit*/embeddings/*.parquet")) or job.poll() is not None)
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
-    assert versions.numbers(root) == [1] and all("test_vit@" in f for f in versions.files(asked.output))
+    assert versions.numbers(root) == [1] and all("test_vit@" in f for f in readers.files(asked.output))
     code, out, err = call("reembed", *argv)
     if holder(root) is not None:
         assert (code, pairs(out)["result"]) == (0, "taken") and f":{job.pid} since" in err

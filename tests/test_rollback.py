@@ -9,7 +9,7 @@ import pytest
 from test_jobs import call
 from written import vectors_of, version
 
-from pipeline import versions
+from pipeline import readers, versions
 from pipeline.errors import UsageError
 from pipeline.garbage import collect_garbage
 from pipeline.output import Root
@@ -38,7 +38,7 @@ def test_a_rollback_is_a_version_with_the_files_of_the_one_before(tmp_path: Path
     assert (back.version, back.set, back.files, back.rows, back.shards) == (4, A.name, second.files, 2, 2)
     away = {"version": 3, "set": B.name, "files": third.files}
     assert back.rolled_back == {"to": 2, "away": [away]} and current(root) == back
-    assert versions.files(str(tmp_path)) == versions.files(str(tmp_path), version=2)
+    assert readers.files(str(tmp_path)) == readers.files(str(tmp_path), version=2)
     assert verify(root, back).clean
     assert roll_back(root, 2) == back and numbers(root) == [1, 2, 3, 4]
 

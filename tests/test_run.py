@@ -18,7 +18,7 @@ from containers import write_folder, write_parquet, write_tar
 from pictures import jpeg
 from test_weights import save_local_dir
 
-from pipeline import versions
+from pipeline import readers, versions
 from pipeline.columns import Columns
 from pipeline.config import RunConfig
 from pipeline.embed import STAGES
@@ -52,7 +52,7 @@ def run(asked: RunConfig) -> Result:
 
 
 def rows(output: Path) -> dict[str, dict]:
-    return {row["id"]: row for row in versions.open_dataset(str(output)).to_table().to_pylist()}
+    return {row["id"]: row for row in readers.open_dataset(str(output)).to_table().to_pylist()}
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_classes_of_ones_own(tmp_path: Path) -> None:
     (row,) = rows(tmp_path / "out").values()
     assert sorted(row["topk_index"]) == list(range(7)) and sum(row["topk_score"]) == pytest.approx(1)
     assert row["topk_label"] == [f"n{i}" for i in row["topk_index"]]
-    metadata = pq.read_schema(versions.files(str(tmp_path / "out"))[0]).metadata
+    metadata = pq.read_schema(readers.files(str(tmp_path / "out"))[0]).metadata
     assert metadata[b"shard2vec.labels"] == b"model"
 
 
