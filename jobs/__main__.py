@@ -22,6 +22,7 @@ from jobs import (
     job_file,
     near_duplicates,
     reembed,
+    report,
     rollback,
     search,
     status,
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(demo, embed, reembed, status, files, verify, describe, index, search, near_duplicates, compare),
-    *(submit, bench, rollback, gc),
+    *(report, submit, bench, rollback, gc),
 )
 for verb in VERBS:
     name = verb.__name__.rpartition(".")[2]

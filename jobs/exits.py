@@ -10,6 +10,7 @@ import typer
 from pipeline.errors import StorageError, UsageError
 
 FAILED, USAGE, REFUSED, INTERRUPTED = 1, 2, 3, 130
+AGAIN = "interrupted; run the same command to go on"
 
 
 def say(text: str) -> None:
