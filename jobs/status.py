@@ -57,8 +57,8 @@ def _look(output: str) -> dict[str, Any]:
     runs = progress.read_notes(root)
     alive = [r for r in runs if progress.is_alive(r)]
     last = runs[-1] if runs else None
-    held = lease.holder(root)
     index = stored_index.index_of(root, current) if current else None
+    held = lease.holder(root)
     return {
         "output": root.url,
         "version": current.version if current else None,

@@ -28,7 +28,7 @@ from pipeline.versions import OLD_SCRATCH_S, Version
 
 FLAT_BYTES = 128 * 2**20  # of float32: a search through all of it takes some 20 ms
 LISTS_PER_ROOT = 2  # lists for each square root of the vectors, as a power of two
-LEAST_PER_LIST = 8  # vectors
+LEAST_PER_LIST = 32  # vectors
 SAMPLE_PER_LIST = 64  # vectors to train with; faiss itself wants 39 or more
 SAMPLE_BYTES = 512 * 2**20  # … and fewer where there are very many lists
 SAMPLED_FILES = 512  # at most, that are read for a sample

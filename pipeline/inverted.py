@@ -65,8 +65,9 @@ def to_bytes(index: Any) -> bytes:
 
 def from_bytes(content: bytes, name: str) -> Any:
     """What `to_bytes` gave. Raises `StorageError` where it is damaged."""
+    lib = faiss()
     try:
-        return faiss().deserialize_index(np.frombuffer(content, np.uint8))
+        return lib.deserialize_index(np.frombuffer(content, np.uint8))
     except Exception as e:  # its reader raises RuntimeError, MemoryError or an assertion's exception of its own
         why = " ".join(str(e).split())[:200]
         raise StorageError(f"{name} is damaged ({why}): delete it and run `index` again") from e

@@ -17,6 +17,7 @@ from pipeline.vectors import Vectors
 TOP = 10
 CANDIDATES = (10, 20, 50, 100)  # each is read from Parquet for every search: as few as will do
 PROBED_SHARE = 0.25  # of the lists, at most: beyond, exact search is as quick
+SETTLED = 0.9995  # of the first ten stay where twice the lists are probed: more would find nothing else
 SAME = 1e-6  # cosines nearer than this are equal in float32
 
 
@@ -49,9 +50,12 @@ class Measured:
 def measure(vectors: Vectors, index: Any, queries: np.ndarray) -> Measured:
     """`queries`: int64 (Q,), numbers of the version's own vectors; one is no neighbour of itself. One pass over all."""
     unit = vectors.fetch(queries)
-    probes = _steps(index.nlist)
-    found = [inverted.find(index, unit, CANDIDATES[-1] + 1, p) for p in probes]
-    found = [_without(queries, scores, numbers) for scores, numbers in found]
+    probes, found = list[int](), list[tuple[np.ndarray, np.ndarray]]()
+    for p in _steps(index.nlist):
+        probes.append(p)
+        found.append(_without(queries, *inverted.find(index, unit, CANDIDATES[-1] + 1, p)))
+        if len(found) > 1 and (found[-1][1][:, :TOP] == found[-2][1][:, :TOP]).mean() >= SETTLED:
+            break
     wanted = np.concatenate([numbers for _, numbers in found], axis=1)
     exact = Nearest(unit, TOP, queries, wanted).add_all(vectors.all_blocks())
     there = np.isfinite(exact.scores)

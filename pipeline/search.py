@@ -55,39 +55,54 @@ class Answer:
     recall: float
 
 
+class Searcher:
+    """One version, opened once for many queries. `exact`: look at every vector, index or not.
+
+    Raises `UsageError` where the index needs faiss and it is not installed.
+    """
+
+    def __init__(self, root: Root, version: Version, *, exact: bool = False):
+        self.vectors = Vectors(root, version)
+        self.index = None if exact else stored_index.index_of(root, version)
+        self._opened = stored_index.open_stored(root, self.index) if self.index else None
+        count = f"each of its {len(self.vectors):,} vectors was looked at"
+        why = "" if exact else f"version {version.version} has no index (`shard2vec index` makes one): "
+        self.how = f"{why}{count}"
+        if self.index:
+            told = f"{self.index.vectors:,} vectors, recall@10 {self.index.recall_at_10:.3f}"
+            self.how = f"{self.index.kind} index of version {version.version}, {told}"
+
+    def __call__(self, query: np.ndarray, *, top: int = 10, without: str | None = None) -> Answer:
+        """The `top` images nearest to `query`, (D,) of any length but 0. `without`: an id that is no hit.
+
+        Raises `UsageError` for a query that does not fit.
+        """
+        if not 1 <= top <= MAX_TOP:
+            raise UsageError(f"--top {top}: must be 1 to {MAX_TOP}")
+        unit = _checked(query, self.vectors)
+        own = self.vectors.number_of(without) if without is not None else -1
+        if self.index is None:
+            nearest = Nearest(unit, top, np.array([own])).add_all(self.vectors.all_blocks())
+            there = nearest.numbers[0] >= 0
+            return Answer(hits_of(self.vectors, nearest.numbers[0][there], nearest.scores[0][there]), self.how, 1.0)
+        numbers = self.candidates(unit, top + (own >= 0))[0]
+        numbers = numbers[(numbers >= 0) & (numbers != own)]
+        scores = self.vectors.fetch(numbers) @ unit[0]
+        best = np.lexsort((numbers, -scores))[:top]
+        return Answer(hits_of(self.vectors, numbers[best], scores[best]), self.how, self.index.recall_at_10)
+
+    def candidates(self, unit: np.ndarray, top: int) -> np.ndarray:
+        """int64 (Q, n): the numbers that are to be ordered by their exact cosine; -1 where fewer were found."""
+        assert self.index is not None
+        count = min(self.index.vectors, math.ceil(top * self.index.candidates / TOP))
+        return inverted.find(self._opened, unit, count, self.index.probes)[1]
+
+
 def search(
     root: Root, version: Version, query: np.ndarray, *, top: int = 10, without: str | None = None, exact: bool = False
 ) -> Answer:
-    """The `top` images nearest to `query`, (D,) of any length but 0. `without`: an id that is no hit.
-
-    Raises `UsageError` for a query that does not fit, and where the index needs faiss and it is not installed.
-    """
-    if not 1 <= top <= MAX_TOP:
-        raise UsageError(f"--top {top}: must be 1 to {MAX_TOP}")
-    vectors = Vectors(root, version)
-    unit = _checked(query, vectors)
-    own = vectors.number_of(without) if without is not None else -1
-    index = None if exact else stored_index.index_of(root, version)
-    if index is None:
-        nearest = Nearest(unit, top, np.array([own])).add_all(vectors.all_blocks())
-        there = nearest.numbers[0] >= 0
-        why = "" if exact else f"version {version.version} has no index (`shard2vec index` makes one): "
-        how = f"{why}each of its {len(vectors):,} vectors was looked at"
-        return Answer(hits_of(vectors, nearest.numbers[0][there], nearest.scores[0][there]), how, 1.0)
-    numbers = candidates(root, index, unit, top + (own >= 0))[0]
-    numbers = numbers[(numbers >= 0) & (numbers != own)]
-    scores = vectors.fetch(numbers) @ unit[0]
-    best = np.lexsort((numbers, -scores))[:top]
-    told = f"{index.vectors:,} vectors, recall@10 {index.recall_at_10:.3f}"
-    how = f"{index.kind} index of version {version.version}, {told}"
-    return Answer(hits_of(vectors, numbers[best], scores[best]), how, index.recall_at_10)
-
-
-def candidates(root: Root, index: stored_index.StoredIndex, unit: np.ndarray, top: int) -> np.ndarray:
-    """int64 (Q, n): numbers among which the `top` nearest of each query are, as often as the index's recall says."""
-    opened = stored_index.open_stored(root, index)
-    count = min(index.vectors, math.ceil(top * index.candidates / TOP))
-    return inverted.find(opened, unit, count, index.probes)[1]
+    """One query of a `Searcher`."""
+    return Searcher(root, version, exact=exact)(query, top=top, without=without)
 
 
 def hits_of(vectors: Vectors, numbers: np.ndarray, scores: np.ndarray) -> list[Hit]:
@@ -121,10 +136,10 @@ def _checked(query: np.ndarray, vectors: Vectors) -> np.ndarray:
         raise UsageError(f"the vector to search for is {shape}, those of {vectors.what} have {vectors.dim} values")
     if not np.isfinite(query).all():
         raise UsageError("the vector to search for holds NaN or infinity")
-    unit = to_unit((query / max(1e-300, np.abs(query).max())).astype(np.float32)[None])
-    if not unit.any():
+    largest = np.abs(query).max()
+    if not largest:
         raise UsageError("the vector to search for is zero: it has no direction, and so no neighbours")
-    return unit
+    return to_unit((query / largest).astype(np.float32)[None])
 
 
 # queries

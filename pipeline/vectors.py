@@ -95,7 +95,7 @@ class Vectors:
 
         for _ in ordered(of_file, _by_file(unique), FILES_AT_ONCE):
             pass
-        return found[back]
+        return found if np.array_equal(back, np.arange(len(unique))) else found[back]
 
     def rows(self, numbers: np.ndarray, columns: Sequence[str]) -> list[dict[str, Any]]:
         """The columns' values as Python's own, in the order of `numbers`; without columns that the set lacks."""
