@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import planted
 import pytest
-import written
 
 from pipeline import stored_index, vector_map
 from pipeline.errors import StorageError
@@ -30,7 +30,7 @@ def test_an_index_finds_what_the_sample_does_not_hold(tmp_path: Path, monkeypatc
     root, rng = Root(str(tmp_path)), np.random.default_rng(5)
     rows = rng.normal(size=(120, 8)).astype(np.float32)
     rows[100:110] = rows[:10] * 3 + 0.001  # copies, of another length
-    version = written.commit(root, {"a": rows[:60], "b": rows[60:]})
+    version = planted.commit(root, {"a": rows[:60], "b": rows[60:]})
     before = whole(root, version)
     assert before.how == "Sought in the sample of 16 rows." and before.duplicates is not None
     assert before.duplicates.among == 16
