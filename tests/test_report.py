@@ -14,6 +14,7 @@ from containers import write_tar
 from pictures import broken, jpeg
 from typer.testing import CliRunner
 
+import pipeline
 from jobs.__main__ import app
 from pipeline import versions
 from pipeline.config import RunConfig
@@ -251,7 +252,7 @@ def test_the_map_shows_the_picture_under_the_pointer(page: Any) -> None:
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
     page.wait_for_selector("#card:not([hidden]) img")
     text = page.inner_text("#card")
-    ids = {r["id"] for r in versions.open_dataset(made_output(page)).to_table(columns=["id"]).to_pylist()}
+    ids = {r["id"] for r in pipeline.open_dataset(made_output(page)).to_table(columns=["id"]).to_pylist()}
     assert any(i in text for i in ids) and CLASS in text
     assert page.evaluate("document.querySelector('#card img').naturalWidth") > 0
 
