@@ -120,7 +120,10 @@ class EmbedFlags:
 
 
 def takes_embed_flags(verb: Callable[..., None]) -> Callable[..., None]:
-    """`verb(asked: EmbedFlags, …own)` → the function for typer, which takes each field as a flag, then its own."""
+    """`verb(asked: EmbedFlags, …own)` → the function for typer, which takes each field as a flag, then its own.
+
+    Its `check` takes the same, does nothing, and raises `UsageError` as the verb would: `submit` asks it.
+    """
     hints = get_type_hints(EmbedFlags, include_extras=True)
     shared = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
@@ -133,6 +136,11 @@ def takes_embed_flags(verb: Callable[..., None]) -> Callable[..., None]:
         asked = EmbedFlags(**{p.name: given.pop(p.name) for p in shared})  # type: ignore[arg-type]
         verb(asked, **given)
 
+    def check(**given: object) -> None:
+        asked = EmbedFlags(**{p.name: given[p.name] for p in shared})  # type: ignore[arg-type]
+        asked.run_config(verb.__name__)
+
+    command.check = check  # type: ignore[attr-defined]
     command.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
     return command

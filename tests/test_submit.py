@@ -98,6 +98,7 @@ def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> No
     nodes.wait_for(2)
     both = [start(nodes, *asked(job, "--actors", 2)) for _ in range(2)]
     wait("the first shard", lambda: shards_done(job) or all(run.poll() is not None for run in both))
+    assert shards_done(job), [run.communicate() for run in both]
     [known] = json.loads(call(nodes, "--list", "--json")[1])["jobs"]
     id = known["id"]
     assert known["status"] == "RUNNING" and known["attempt"] == 1 and id == f"embed-{known['run']}-1"
@@ -139,21 +140,22 @@ def test_the_jobs_own_exit_code_comes_back(nodes: Nodes, job: Job, tmp_path: Pat
     }
     (tmp_path / "job.yaml").write_text("".join(f"{k}: {v}\n" for k, v in flags.items()) + "max-reject-rate: 0\n")
     gated = ("embed", "--config", tmp_path / "job.yaml")
-    code, id, err = call(nodes, "--no-wait", "--env", "GREETING", *gated, GREETING="good day")
-    assert code == 0 and id.startswith("embed-") and id.endswith("-1\n") and "GREETING" not in err
+    code, out, err = call(nodes, "--no-wait", "--json", "--env", "GREETING", *gated, GREETING="good day")
+    id = json.loads(out)["id"]
+    assert code == 0 and id.startswith("embed-") and id.endswith("-1") and "GREETING" not in err
     code, out, err = call(nodes, "--json", *gated)
     assert code == 3 and json.loads(out.splitlines()[-1])["version"] is None, err
-    assert "no version was committed" in err and f"job {id.strip()} is this run, and under way" in err
+    assert "no version was committed" in err and f"job {id} is this run, and under way" in err
 
     out, err = wrong.communicate(timeout=WAIT_S)
     assert wrong.returncode == 2 and "pit_b_224" in json.loads(out)["error"], err
     _, err = waiting.communicate(timeout=WAIT_S)
     assert waiting.returncode == 1 and "has not started within 5 s" in err, err
     jobs = {j["id"]: j for j in json.loads(call(nodes, "--list", "--json")[1])["jobs"]}
-    assert (jobs[id.strip()]["status"], jobs[id.strip()]["exit_code"]) == ("FAILED", 3)
+    assert (jobs[id]["status"], jobs[id]["exit_code"]) == ("FAILED", 3)
     [failed] = [j for j in jobs.values() if j["verb"] == "describe" and j["exit_code"]]
     assert failed["exit_code"] == 2 and "pit_b_224" in call(nodes, "--logs", failed["id"])[1]
 
     shown = nodes.get("/api/jobs/").text  # to everybody who may look
-    assert '"GREETING": "good day"' in shown and id.strip() in shown
+    assert '"GREETING": "good day"' in shown and id in shown
     assert str(job.input) not in shown and "max-reject-rate" not in shown
