@@ -18,9 +18,13 @@ from jobs import (
     exits,
     files,
     gc,
+    index,
     job_file,
+    near_duplicates,
     reembed,
+    report,
     rollback,
+    search,
     status,
     submit,
     verify,
@@ -35,9 +39,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, embed, reembed, status, files, verify, describe, submit, bench, compare, rollback, gc):
+VERBS = (
+    *(demo, embed, reembed, status, files, verify, describe, index, search, near_duplicates, compare),
+    *(report, submit, bench, rollback, gc),
+)
+for verb in VERBS:
     name = verb.__name__.rpartition(".")[2]
-    app.command(name, context_settings=getattr(verb, "SETTINGS", None))(getattr(verb, name))
+    settings = getattr(verb, "SETTINGS", None)
+    app.command(name.replace("_", "-"), context_settings=settings)(getattr(verb, name))
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ import typer
 
 from pipeline.errors import StorageError, UsageError
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, REFUSED, INTERRUPTED = 1, 2, 3, 130
+AGAIN = "interrupted; run the same command to go on"
 
 
 def say(text: str) -> None:

@@ -45,7 +45,7 @@ def _exposed(output: str) -> str:
 
 
 def _look(output: str) -> dict[str, Any]:
-    from pipeline import lease, progress, versions
+    from pipeline import lease, progress, stored_index, versions
 
     root = versions.existing_output(output)
     current = versions.read_version(root)
@@ -57,6 +57,7 @@ def _look(output: str) -> dict[str, Any]:
     runs = progress.read_notes(root)
     alive = [r for r in runs if progress.is_alive(r)]
     last = runs[-1] if runs else None
+    index = stored_index.index_of(root, current) if current else None
     held = lease.holder(root)
     return {
         "output": root.url,
@@ -66,6 +67,9 @@ def _look(output: str) -> dict[str, Any]:
         "sets": {
             name: {"shards_done": n, "current": bool(current and current.set == name)} for name, n in done.items()
         },
+        "index": {name: getattr(index, name) for name in ("kind", "vectors", "bytes", "recall_at_10", "created")}
+        if index
+        else None,
         "running": [asdict(r) for r in alive],
         "lease": str(held) if held else None,
         "last_run": asdict(last) | {"state": progress.outcome(last)} if last else None,
@@ -83,6 +87,10 @@ def _show(found: dict[str, Any]) -> None:
             f"  {current['shards']:,} shards, {current['samples']:,} samples: {current['rows']:,} rows, "
             f"{rejects:,} rejects{f' ({reasons})' if reasons else ''}"
         )
+        if index := found["index"]:
+            print(f"  {index['kind']} index: {index['vectors']:,} vectors, recall@10 {index['recall_at_10']:.4f}")
+        else:
+            print("  no index")
     else:
         print(f"{found['output']}: no version is committed yet")
     for name, one in found["sets"].items():

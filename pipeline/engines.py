@@ -99,7 +99,7 @@ class Compiled:
     """One graph of torch.compile for one shape; a second compilation is an error. On CUDA it replays CUDA graphs."""
 
     def __init__(self, module: torch.nn.Module, taps: Taps, batch: torch.Tensor, precision: str):
-        from pipeline.weights import cache_folder
+        from pipeline.cache import cache_folder
 
         # Workers find there what the driver compiled. torch's own place lies below /tmp and is anybody's to fill.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")

@@ -45,9 +45,15 @@ class State:
     pid: int = field(default_factory=os.getpid)
     started: float = field(default_factory=time.time)
     updated: float = field(default_factory=time.time)
+    name: str = ""  # of its note, and of what lies beside it below `reports/`
+    machine: dict[str, Any] = field(default_factory=dict)  # the driver's: `machine.facts`
+    packages: dict[str, str] = field(default_factory=dict)  # their versions
+    message: str = ""  # how it ended, for a person
     result: dict[str, Any] = field(default_factory=dict)  # the object of `--json`, once the run has ended
 
     def __post_init__(self) -> None:
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.started))
+        self.name = self.name or f"run-{stamp}-{uuid.uuid4().hex[:8]}"
         self._rows = self._rejected = 0  # of finished shards
         self._finished: set[str] = set()
 
@@ -146,8 +152,7 @@ class Note:
 
     def __init__(self, root: Root, state: State):
         self._root, self._state, self._closed = root, state, threading.Event()
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(state.started))
-        self._name = f"reports/run-{stamp}-{uuid.uuid4().hex[:8]}.json"
+        self._name = f"reports/{state.name}.json"
         self._write()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()

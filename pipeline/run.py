@@ -20,6 +20,7 @@ from pipeline.lists import FileList
 from pipeline.meters import Meters
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
+from pipeline.receipts import Ledger
 from pipeline.result import (
     COMMITTED,
     ENDS,
@@ -34,6 +35,7 @@ from pipeline.result import (
     report,
     summary,
 )
+from pipeline.rows import package_versions
 from pipeline.sets import check_device, vector_set
 from pipeline.speed import Means, Sums
 from pipeline.watch import Failed, watch
@@ -74,6 +76,7 @@ class Run:
     started: float  # time.monotonic()
     journal: Journal
     sums: Sums = field(default_factory=Sums)
+    ledger: Ledger = field(default_factory=Ledger)
     failed: list[Receipt] = field(default_factory=list)
     means: Means = field(default_factory=lambda: Means(cores=1, threads=1))
     gates: dict[str, Any] = field(default_factory=dict)  # what they measured
@@ -106,6 +109,7 @@ def _embed(config: RunConfig, say: Callable[[str], None], gates: Gates | None) -
     run.root.clear_scratch(versions.OLD_SCRATCH_S)
     say(plan_line(run))
     state = State(set=run.vectors.name, shards=len(run.shards), shards_unchanged=len(run.shards) - len(run.todo))
+    state.machine, state.packages = machine.facts(run.device), package_versions()
     note, meters = Note(run.root, state), Meters(state, run.root.url, run.before)
     files = FileList.of([])
     try:
@@ -129,6 +133,7 @@ def _embed(config: RunConfig, say: Callable[[str], None], gates: Gates | None) -
     except KeyboardInterrupt:
         ended = Result(INTERRUPTED, f"interrupted; {AGAIN}")
     except BaseException:
+        run.ledger.put(run.root, state.name)
         note.close("failed")
         raise
     else:
@@ -136,6 +141,8 @@ def _embed(config: RunConfig, say: Callable[[str], None], gates: Gates | None) -
         what = f"version {version.version} of {run.root.url}" if version else f"metrics of {run.vectors.name}"
         ended = Result(COMMITTED, f"{what}: {summary(told)}", told)
     run.journal.put()
+    run.ledger.put(run.root, state.name)
+    state.message = ended.message
     state.result = ended.json or report(run, files, None)
     note.close(ENDS[ended.exit_code])
     return replace(ended, json=state.result)
@@ -232,6 +239,7 @@ def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], Non
         with meters.at(run.means.gpus), Display(state) as display, actors.Pool(job, run.todo, layout, content) as pool:
             for receipt in watch(pool, layout.actors, state, display, run.config.stall_timeout_s, say, meters.see):
                 run.sums.add(receipt)
+                run.ledger.add(receipt)
                 meters.add(receipt)
                 if receipt.files:
                     run.journal.add(receipt.files)

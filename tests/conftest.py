@@ -104,7 +104,7 @@ def group(item: pytest.Item) -> str:
     if item.get_closest_marker("by_model"):
         (model,) = (value for name, value in item.callspec.params.items() if name in ("model", "name"))  # type: ignore[attr-defined]
         return f"by_model {model}"
-    return "ray" if rank(item) == RAY else f"{item.path.name} {rank(item)}"
+    return "ray" if "ray_session" in getattr(item, "fixturenames", ()) else f"{item.path.name} {rank(item)}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -122,7 +122,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for name, of_group in members.items():
         for item in of_group:
             item.add_marker(pytest.mark.xdist_group(name))
-    groups = sorted(members.values(), key=lambda of_group: order[rank(of_group[0])])
+    groups = sorted(members.values(), key=lambda of_group: min(order[rank(item)] for item in of_group))
     items[:] = [item for of_group in groups for item in of_group]
     if not torch.cuda.is_available():
         for item in items:

@@ -109,7 +109,20 @@ def test_required_flags_are_asked_for() -> None:
     assert call("embed")[0::2] == (2, "shard2vec: --input is missing: see `shard2vec embed --help`\n")
 
 
-VERBS = ["demo", "embed", "reembed", "status", "files", "verify", "describe", "bench", "compare", "rollback", "gc"]
+VERBS = [
+    "demo",
+    "embed",
+    "reembed",
+    "status",
+    "files",
+    "verify",
+    "describe",
+    "bench",
+    "compare",
+    "report",
+    "rollback",
+    "gc",
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)
