@@ -49,9 +49,9 @@ def used(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
     cannot be reached, and for nodes that run other code.
     """
     is_connected = ray.is_initialized()
+    if is_connected and address not in (None, "auto") and _port(address) != _port(_gcs_address()):
+        raise UsageError(f"--ray-address {address}: this process is connected to {_gcs_address()} already")
     if head.is_up() or (address is None and not is_connected):
-        if address is not None:
-            raise UsageError(f"--ray-address {address}: this process has a local Ray already")
         yield
         return
     with ExitStack() as stack:
@@ -162,6 +162,10 @@ def _gcs_address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
+def _port(address: str | None) -> str:
+    return str(address).rpartition(":")[2]
+
+
 def check_build(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Raises `UsageError` where this process, `theirs`, is not the program of the driver."""
     wrong, _ = differences(ours, theirs)
@@ -236,7 +240,7 @@ def nodes() -> list[Node]:
 def _node(node: dict[str, Any]) -> Node:
     has, name = node["Resources"], node["NodeID"]
     lendable = int(has.get("memory", 0))
-    is_here = name == ray.get_runtime_context().get_node_id()
+    is_here = name == node_id()
     return Node(
         id=name,
         name=_name(node),
@@ -282,6 +286,15 @@ def _is_alive(node_id: str) -> bool:
     return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
 
+def dead_nodes() -> set[str]:
+    return {str(node["NodeID"]) for node in ray.nodes() if not node["Alive"]}
+
+
+def node_id() -> str:
+    """Of this process."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def here() -> Any:
     """On this node, which lives as long as the run."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return NodeAffinitySchedulingStrategy(node_id(), soft=True)

@@ -71,10 +71,10 @@ def test_a_gpu_that_torch_does_not_know_is_no_device(found: dict[str, Any]) -> N
 
 
 def test_fractions_of_a_gpu_are_shared(found: dict[str, Any]) -> None:
-    """Two workers of a half have the same one; a third finds no room, and nobody waits for it."""
+    """Two workers of a half take it; a third finds no room, and nobody waits for it."""
     halves = found["halves"]
-    assert halves["layout"] == [1, 3, 0.5] and halves["given"] == ["CUDA_VISIBLE_DEVICES=0"]
-    assert halves["started"] == 2 and halves["samples"] == SHARDS * IMAGES
+    assert halves["layout"] == [1, 3, 0.5] and halves["left"] == 0.0
+    assert halves["started"] <= 2 and halves["samples"] == SHARDS * IMAGES
 
 
 def test_a_wrong_token_and_none_are_told(found: dict[str, Any]) -> None:
