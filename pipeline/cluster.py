@@ -251,27 +251,19 @@ def _node(node: dict[str, Any]) -> Node:
     )
 
 
-def possible() -> list[Node]:
-    """A node of each kind that the cluster's autoscaler could bring; none where there is no autoscaler."""
+def can_grow() -> bool:
+    """Whether the cluster has an autoscaler that could bring nodes; of which kinds, none of them tells (Ray 2.60)."""
     if not is_shared():
-        return []
-    try:
-        config = ray._private.state.state.get_cluster_config()  # Ray's own libraries ask it so; there is no other way
-        groups = list(config.node_group_configs) if config else []
-    except (AttributeError, ImportError):
-        return []
-    kinds = [(group.name, dict(group.resources)) for group in groups if group.max_count]
-    return [
-        Node(
-            id="",
-            name=name,
-            cpus=int(has.get("CPU", 0)),
-            gpus=float(has.get("GPU", 0)),
-            memory=int(has.get("memory", 0)) or memory_bytes(),
-            lendable=int(has.get("memory", 0)),
-        )
-        for name, has in kinds
-    ]
+        return False
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized
+
+    if not _internal_kv_initialized():
+        return False
+    if _internal_kv_get(b"__autoscaler_v2_enabled", namespace=b"__autoscaler") == b"1":
+        return True
+    # The first generation also watches clusters that it cannot change: there each node is a kind of its own.
+    report = json.loads(_internal_kv_get(b"__autoscaling_status") or "{}").get("autoscaler_report") or {}
+    return any(not kind.startswith("node_") for kind in report.get("active_nodes") or {})
 
 
 def _name(node: dict[str, Any]) -> str:
