@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is import
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
+NICENESS = "RAY_worker_niceness"  # Ray's is 15: beside anything else that computes its workers would hardly move
 FEEDER_BYTES = 64 * 2**20  # … and, of each feeder, the chunks under way
 
 _head: "subprocess.Popen[str] | None" = None
@@ -102,7 +103,7 @@ def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,  # a group of its own, which Ctrl-C does not reach and which ends as one
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (home, inherited) if p)},
+        env={NICENESS: "0"} | os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (home, inherited) if p)},
     )
     try:
         yield

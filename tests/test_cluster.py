@@ -71,10 +71,10 @@ def test_a_gpu_that_torch_does_not_know_is_no_device(found: dict[str, Any]) -> N
 
 
 def test_fractions_of_a_gpu_are_shared(found: dict[str, Any]) -> None:
-    """Two workers of a half have the same one; a third finds no room, and nobody waits for it."""
+    """Two workers of a half take it; a third finds no room, and nobody waits for it."""
     halves = found["halves"]
-    assert halves["layout"] == [1, 3, 0.5] and halves["given"] == ["CUDA_VISIBLE_DEVICES=0"]
-    assert halves["started"] == 2 and halves["samples"] == SHARDS * IMAGES
+    assert halves["layout"] == [1, 3, 0.5] and halves["left"] == 0.0
+    assert halves["started"] <= 2 and halves["samples"] == SHARDS * IMAGES
 
 
 def test_a_wrong_token_and_none_are_told(found: dict[str, Any]) -> None:
@@ -129,12 +129,12 @@ def test_a_pool_grows_the_cluster_and_lets_it_shrink(growing: tuple[Nodes, Any],
 
 
 def test_a_cluster_without_room_for_the_least_ends_with_4(growing: tuple[Nodes, Any], tmp_path: Path) -> None:
-    """Within the stall timeout, and the stage is named; what was embedded stays."""
+    """Within the stall timeout, and the stage is named, whether or not some have begun by then."""
     nodes, _ = growing
     for s in range(6):
         write_tar(tmp_path / "in" / f"s{s:02d}.tar", {f"{i:03d}.jpg": jpeg(60, 50) for i in range(200)})
-    code, _, said = ended(started(tmp_path, nodes.address, "--actors", "6:9", "--stall-timeout", 12))
-    assert code == 4 and "of the 6 workers that --actors asks for found room in 12 s, in stage start" in said, said
+    code, _, said = ended(started(tmp_path, nodes.address, "--actors", "6:9", "--stall-timeout", 8))
+    assert code == 4 and "in stage start of the actors" in said and not processes(str(tmp_path), "ray::Embed"), said
 
 
 def test_nobody_there_is_told_at_once() -> None:
