@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test chaos check lint types bench-peers lock lock-azurite clean
+.PHONY: demo test chaos check lint types bench-peers lock lock-azurite image-packages clean
 
 demo: .venv/ready
 	$(BIN)/shard2vec demo
@@ -66,6 +66,10 @@ lock:
 		--extra dev pyproject.toml --output-file requirements.lock
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		benchmarks/peers/requirements.in --output-file benchmarks/peers/requirements.lock
+
+# Which of the lock's packages the image needs; after `make lock`.
+image-packages: .venv/ready
+	$(BIN)/python deploy/packages.py >deploy/packages.txt
 
 clean:
 	rm -rf .venv .venv-peers demo

@@ -123,7 +123,7 @@ def flow(
     """
     from listed_store import ListedStore, receipt_of
 
-    from pipeline import versions
+    from pipeline import readers, versions
     from pipeline.actors import BOARD_SHARDS
     from pipeline.garbage import collect_garbage
     from pipeline.journal import Journal
@@ -186,7 +186,7 @@ def flow(
     with steps("again: collect, already committed"):
         assert commit(Journal(root, name), shards) == version
     with steps("read the version's file names"):
-        assert len(versions.files(root.url)) == len(shards)
+        assert len(readers.files(root.url)) == len(shards)
     with steps("gc, nothing to delete"):
         assert collect_garbage(root, 1, set) == []
     print(json.dumps(steps.told))

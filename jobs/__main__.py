@@ -9,7 +9,26 @@ from contextlib import suppress
 import stamina
 import typer
 
-from jobs import bench, demo, describe, embed, exits, files, gc, job_file, status, verify
+from jobs import (
+    bench,
+    compare,
+    demo,
+    describe,
+    embed,
+    exits,
+    files,
+    gc,
+    index,
+    job_file,
+    near_duplicates,
+    reembed,
+    report,
+    rollback,
+    search,
+    status,
+    submit,
+    verify,
+)
 from pipeline.errors import UsageError
 
 app = typer.Typer(
@@ -20,8 +39,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (demo, embed, status, files, verify, describe, bench, gc):
-    app.command(verb.__name__.rpartition(".")[2])(getattr(verb, verb.__name__.rpartition(".")[2]))
+VERBS = (
+    *(demo, embed, reembed, status, files, verify, describe, index, search, near_duplicates, compare),
+    *(report, submit, bench, rollback, gc),
+)
+for verb in VERBS:
+    name = verb.__name__.rpartition(".")[2]
+    settings = getattr(verb, "SETTINGS", None)
+    app.command(name.replace("_", "-"), context_settings=settings)(getattr(verb, name))
 
 
 def main() -> None:

@@ -137,9 +137,9 @@ version {version} · set {result["set"]}
 def _show_reading(out: str) -> None:
     print(f"Read it (files: `shard2vec files {out}`, or pipeline.files):\n")
     print("".join(f"    {line}\n" for line in READ_IT.splitlines()))
-    from pipeline import versions
+    from pipeline import readers
 
-    exec(READ_IT, {"files": versions.files(out)})
+    exec(READ_IT, {"files": readers.files(out)})
 
 
 def _draw_neighbours(shards: Path, out: str, path: Path) -> Path:
@@ -147,9 +147,9 @@ def _draw_neighbours(shards: Path, out: str, path: Path) -> Path:
     import numpy as np
 
     from jobs import pictures
-    from pipeline import versions
+    from pipeline import readers
 
-    table = versions.open_dataset(out).to_table(columns=["id", "key", "embedding"]).to_pandas().sort_values("id")
+    table = readers.open_dataset(out).to_table(columns=["id", "key", "embedding"]).to_pandas().sort_values("id")
     vectors = np.stack(table["embedding"].to_list())
     vectors -= vectors.mean(axis=0)  # a random backbone's vectors all point one way; what differs is what counts
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

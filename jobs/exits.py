@@ -9,7 +9,8 @@ import typer
 
 from pipeline.errors import StorageError, UsageError
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, REFUSED, INTERRUPTED = 1, 2, 3, 130
+AGAIN = "interrupted; run the same command to go on"
 
 
 def say(text: str) -> None:
@@ -30,13 +31,17 @@ def run(verb: Callable[[], int], as_json: bool) -> None:
         code = verb()
     except BrokenPipeError:
         code = FAILED  # the reader of our output has left, as `| head` does
-    except UsageError as e:
-        code = _failed(USAGE, str(e), as_json)
-    except (StorageError, OSError) as e:
-        code = _failed(FAILED, str(e), as_json)
-    except KeyboardInterrupt:
-        code = _failed(INTERRUPTED, "interrupted; run the same command to go on", as_json)
+    except (UsageError, StorageError, OSError, KeyboardInterrupt) as e:
+        code, message = ending(e)
+        code = _failed(code, message, as_json)
     raise typer.Exit(code)
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """The exit code of a verb that ends so, and a sentence."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, f"interrupted; {error or 'run the same command to go on'}"
+    return USAGE if isinstance(error, UsageError) else FAILED, str(error)
 
 
 def _failed(code: int, message: str, as_json: bool) -> int:

@@ -11,6 +11,7 @@ def files(
     output: Annotated[str, typer.Argument(help="The dataset's root")],
     kind: Annotated[str, typer.Option(help="embeddings, rejects, tokens, features or heads")] = "embeddings",
     version: Annotated[int | None, typer.Option(help="[the current one]")] = None,
+    set_name: Annotated[str | None, typer.Option("--set", help="The newest version of this set instead")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
 ) -> None:
     """Print the Parquet files of a version, one a line.
@@ -19,9 +20,9 @@ def files(
     """
 
     def body() -> int:
-        from pipeline import versions
+        from pipeline import readers
 
-        names = versions.files(output, kind=kind, version=version)
+        names = readers.files(output, kind=kind, version=version, set_name=set_name)
         if json:
             exits.print_json({"kind": kind, "files": names})
         else:

@@ -43,6 +43,15 @@ def pool(text: str | None) -> tuple[int, int] | None:
     return int(least), int(most or least)
 
 
+def keep(text: str) -> int | None:
+    """None: all."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"--keep {text}: must be a whole number, or all")
+    return int(text)
+
+
 def ray_address(text: str | None) -> str | None:
     """Where the flag was left out: Ray's own `RAY_ADDRESS`, which a Ray job has. None: a Ray of this machine alone."""
     address = os.environ.get("RAY_ADDRESS", "") if text is None else text

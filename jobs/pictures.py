@@ -38,6 +38,7 @@ SIZES = [(320, 240), (400, 300), (360, 240), (240, 320), (288, 288)]  # width, h
 Sample = list[tuple[str, bytes]]  # its members: names and bytes, in the order of the tar, the image first
 
 SHEET_WIDTH, MARGIN, GAP, CAPTION_HEIGHT = 1400, 48, 18, 40  # pixels
+SHEET_COLUMNS = 7
 PAPER, INK, SOFT, ACCENT = (247, 246, 242), (34, 38, 46), (110, 116, 126), (214, 84, 46)
 
 
@@ -129,36 +130,51 @@ def _broken_sample(kind: str, sample: Sample, twin: Sample) -> Sample:
     return [(f"{key}.jpg", data), *others]
 
 
-def contact_sheet(rows: list[list[tuple[Image.Image, str]]], path: Path, *, title: str) -> None:
+def contact_sheet(
+    rows: list[list[tuple[Image.Image, str]]],
+    path: Path,
+    *,
+    title: str,
+    heads: tuple[str, str] = ("query", "nearest neighbours, best first"),
+) -> None:
     """Writes a PNG, 1400 pixels wide: a row for each query, framed at the left, its neighbours beside it.
 
     `rows`: the query and its caption first, then the neighbours with theirs (`similarity 0.87`); captions that are
-    too long end in an ellipsis.
+    too long end in an ellipsis. Neighbours beyond six go on below. `heads`: over the first column, and the others.
     """
     if not rows or not all(rows):
         raise ValueError(f"{len(rows)} rows, {sum(not row for row in rows)} of them empty: nothing to show")
-    columns = max(len(row) for row in rows)
+    columns = min(SHEET_COLUMNS, max(len(row) for row in rows))
+    beside = max(1, columns - 1)
     tile_w = (SHEET_WIDTH - 2 * MARGIN - GAP * (columns + 1)) // max(columns, 3)  # one more gap after the query
     tile_h = tile_w * 3 // 4
     row_h = tile_h + CAPTION_HEIGHT + GAP
+    lines = [max(1, -(-(len(row) - 1) // beside)) for row in rows]
     top = MARGIN + 96
-    sheet = Image.new("RGB", (SHEET_WIDTH, top + row_h * len(rows) + MARGIN - GAP), PAPER)
+    sheet = Image.new("RGB", (SHEET_WIDTH, top + row_h * sum(lines) + MARGIN - GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN - 8), _shorten(title, 34, SHEET_WIDTH - 2 * MARGIN), INK, ImageFont.load_default(34))
     first_neighbour = MARGIN + tile_w + 3 * GAP
-    draw.text((MARGIN, top - 36), "query", ACCENT, ImageFont.load_default(18))
-    draw.text((first_neighbour, top - 36), "nearest neighbours, best first", SOFT, ImageFont.load_default(18))
-    for line, row in enumerate(rows):
-        y = top + line * row_h
-        for column, (image, caption) in enumerate(row):
-            x = MARGIN if column == 0 else first_neighbour + (column - 1) * (tile_w + GAP)
-            if column == 0:
+    draw.text((MARGIN, top - 36), _shorten(heads[0], 18, tile_w), ACCENT, ImageFont.load_default(18))
+    draw.text((first_neighbour, top - 36), heads[1], SOFT, ImageFont.load_default(18))
+    for number, row in enumerate(rows):
+        for place, (image, caption) in enumerate(row):
+            line, column = divmod(max(0, place - 1), beside)
+            y = top + (sum(lines[:number]) + line) * row_h
+            x = MARGIN if place == 0 else first_neighbour + column * (tile_w + GAP)
+            if place == 0:
                 draw.rounded_rectangle((x - 7, y - 7, x + tile_w + 6, y + tile_h + 6), 14, outline=ACCENT, width=4)
             tile = ImageOps.fit(image.convert("RGB"), (tile_w, tile_h), Image.Resampling.LANCZOS)
             sheet.paste(tile, (x, y), _rounded(tile_w, tile_h))
-            size = 17 if columns < 8 else 14
-            draw.text((x + 2, y + tile_h + 10), _shorten(caption, size, tile_w), INK, ImageFont.load_default(size))
+            draw.text((x + 2, y + tile_h + 10), _shorten(caption, 17, tile_w), INK, ImageFont.load_default(17))
     sheet.save(path, "PNG")
+
+
+def placeholder(text: str) -> Image.Image:
+    """A grey tile that says why there is no image."""
+    tile = Image.new("RGB", (320, 240), (226, 224, 218))
+    ImageDraw.Draw(tile).text((160, 120), text, SOFT, ImageFont.load_default(22), anchor="mm", align="center")
+    return tile
 
 
 def _shorten(text: str, size: int, width: int) -> str:

@@ -7,14 +7,18 @@ actor streams shards through `embed.Embedder`: read, decode, forward, write), co
 
 from typing import Any
 
+from pipeline.imports import defer_compiler
+
 __version__ = "0.1.0"
 __all__ = ["files", "open_dataset"]
+
+defer_compiler()
 
 
 def __getattr__(name: str) -> Any:
     # Resolved when first used: importing the package loads neither torch nor Ray.
     if name in ("files", "open_dataset"):
-        from pipeline import versions
+        from pipeline import readers
 
-        return getattr(versions, name)
+        return getattr(readers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -126,13 +126,15 @@ def _label_names(module: torch.nn.Module, classes: int) -> tuple[tuple[str, ...]
     if classes and len(own) == classes:
         descriptions = cfg.get("label_descriptions") or {}
         return tuple(str(descriptions.get(n, n)) for n in own), "model"
+    names = imagenet_names(classes)
+    return names, "imagenet" if names else "none"
+
+
+def imagenet_names(classes: int) -> tuple[str, ...]:
+    """Those of the ImageNet that has so many classes; empty where none has."""
     subset = infer_imagenet_subset({"num_classes": classes}) if classes else None
-    if subset is None:
-        return (), "none"
-    info = ImageNetInfo(subset)
-    if info.num_classes() != classes:
-        return (), "none"
-    return tuple(info.label_descriptions()), "imagenet"
+    info = ImageNetInfo(subset) if subset else None
+    return tuple(info.label_descriptions()) if info and info.num_classes() == classes else ()
 
 
 def read_labels(url: str, classes: int) -> tuple[str, ...]:

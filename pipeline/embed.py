@@ -91,6 +91,7 @@ class Receipt:
     ended: float
     worker: str  # host and process
     cpu_s: dict[str, float] = field(default_factory=dict)  # of `seconds`; `process`: all, since the receipt before
+    batches: int = 0  # forward passes
 
 
 @dataclass
@@ -101,9 +102,19 @@ class Activity:
     stage: str = "start"
     shard: str = ""
     under_way: dict[str, tuple[int, int]] = field(default_factory=dict)  # shard → images, rejects so far
+    batch_size: int = 0  # of a full forward pass
+    forward: tuple[float, float | None] = 0.0, None  # seconds of passes that ended; on the CPU since when one is at it
 
     def said(self) -> dict[str, Any]:
-        return {"steps": self.steps, "stage": self.stage, "shard": self.shard, "under_way": dict(self.under_way)}
+        forward_s, since = self.forward
+        return {
+            "steps": self.steps,
+            "stage": self.stage,
+            "shard": self.shard,
+            "under_way": dict(self.under_way),
+            "batch_size": self.batch_size,
+            "forward_s": forward_s + (time.perf_counter() - since if since else 0.0),  # on CUDA by its own clock
+        }
 
     def add(self, shard: str, images: int = 0, rejects: int = 0) -> None:
         before = self.under_way.get(shard, (0, 0))
@@ -127,6 +138,7 @@ class Work:
     cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     samples: list[Sample] = field(default_factory=list)
     decoded: list[Decoded | Jpeg] = field(default_factory=list)
+    batches: int = 0
     writer: ShardWriter | None = None
     error: str | None = None
 
@@ -160,7 +172,7 @@ class Embedder:
     """Embeds shards with one backbone; call it again and again from one thread."""
 
     def __init__(self, job: Job, backbone: Backbone, feed: Feed):
-        self.job, self.backbone, self.activity = job, backbone, Activity()
+        self.job, self.backbone, self.activity = job, backbone, Activity(batch_size=backbone.batch_size)
         self._root, self._feed = Root(job.output), feed
         self._staging = Staging(backbone, _device_images(job.vectors, backbone))
         self._cpu_s = 0.0  # of the process, at the last receipt
@@ -256,12 +268,25 @@ class Embedder:
                 kept.append((sample, image))
         if kept:
             self._at("forward", work.shard.name)
-            passed = self._staging([image for _, image in kept], work.timed)
+            with self._computing(work):
+                passed = self._staging([image for _, image in kept], work.timed)
+            self.activity.batch_size = self.backbone.batch_size  # an out-of-memory has halved it
             sizes = [(image.width, image.height) for _, image in kept]
             batch = Batch([sample for sample, _ in kept], sizes, passed)
             self._at("write", work.shard.name)
             flow.put(to_write, (work, batch))
             self.activity.add(work.shard.name, images=len(kept))
+
+    @contextlib.contextmanager
+    def _computing(self, work: Work) -> Iterator[None]:
+        """Says so while it lasts, for a pass may take the CPU half a minute; CUDA's own clock is read by the writer."""
+        if self.backbone.device.type == "cuda":
+            yield
+            return
+        before, forward_s = work.seconds["forward"], self.activity.forward[0]
+        self.activity.forward = forward_s, time.perf_counter()
+        yield
+        self.activity.forward = forward_s + work.seconds["forward"] - before, None
 
     def _on_device(self, work: Work, images: list[Decoded | Jpeg]) -> Sequence[Decoded | OnDevice | Reject]:
         if not any(isinstance(image, Jpeg) for image in images):
@@ -325,6 +350,9 @@ class Embedder:
         arrays = event.passed.to_numpy()  # on CUDA this is where the device is waited for
         for part, seconds in event.passed.seconds().items():
             work.seconds[part] += seconds
+            if part == "forward":
+                self.activity.forward = self.activity.forward[0] + seconds, None
+        work.batches += 1
         with work.timed("write"):
             try:
                 work.writer.rows(event.samples, event.sizes, arrays)
@@ -356,4 +384,5 @@ def _receipt(work: Work, ended: Ended, files: ShardFiles | None, embedded: bool)
         ended=time.time(),
         worker=worker_name(),
         cpu_s=work.cpu_s | {"read": ended.read_cpu_s},
+        batches=work.batches,
     )

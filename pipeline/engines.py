@@ -99,10 +99,9 @@ class Compiled:
     """One graph of torch.compile for one shape; a second compilation is an error. On CUDA it replays CUDA graphs."""
 
     def __init__(self, module: torch.nn.Module, taps: Taps, batch: torch.Tensor, precision: str):
-        from pipeline.weights import cache_folder
+        from pipeline.cache import cache_folder
 
-        # Workers find there what the driver compiled. torch's own place, which importing timm fixes in the environment,
-        # lies below /tmp and is anybody's to fill.
+        # Workers find there what the driver compiled. torch's own place lies below /tmp and is anybody's to fill.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA here
         device, dtype = batch.device.type, DTYPES.get(precision)

@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from typing import Any, TypeVar
 
 S = TypeVar("S")
@@ -114,3 +115,13 @@ def ordered(call: Callable[[S], T], items: Iterable[S], at_once: int) -> Iterato
                 yield under_way.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items; one or two more are made meanwhile, in a thread."""
+    iterator, end = iter(items), object()
+    made = ordered(lambda _: next(iterator, end), repeat(None), 1)
+    for item in made:
+        if item is end:
+            return
+        yield item  # type: ignore[misc]

@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is import
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
+NICENESS = "RAY_worker_niceness"  # Ray's is 15: beside anything else that computes its workers would hardly move
 FEEDER_BYTES = 64 * 2**20  # … and, of each feeder, the chunks under way
 
 _head: "subprocess.Popen[str] | None" = None
@@ -90,6 +91,8 @@ def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
     if not is_wanted or _head is not None or (ray is not None and ray.is_initialized()):
         yield
         return
+    # In a job of a cluster Ray would look for that job's working directory in this Ray too, where it is not.
+    os.environ.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
     # The workers import the checkout or the installation that this process runs from.
     home = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH", "")
@@ -100,7 +103,7 @@ def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,  # a group of its own, which Ctrl-C does not reach and which ends as one
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (home, inherited) if p)},
+        env={NICENESS: "0"} | os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (home, inherited) if p)},
     )
     try:
         yield
@@ -127,8 +130,11 @@ def _main() -> None:
 
     import ray
 
+    from pipeline.machine import cores
+
     context = ray.init(
         address="local",
+        num_cpus=cores(),  # Ray alone does not see that it may run on some of them only
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

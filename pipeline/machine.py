@@ -1,7 +1,12 @@
-"""What this machine has, of a container what it may use: cores, memory; and how many workers it has room for."""
+"""What this machine has, of a container what it may use: cores, memory; how many workers it has room for; its names."""
 
 import os
+import platform
+import re
+import subprocess
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 CGROUP = Path("/sys/fs/cgroup")
 # One thread a worker is fastest on the CPU (two workers gave 1.1 to 1.2 of one worker's images/s on two cores), and
@@ -31,6 +36,32 @@ def cpu_workers(cores: int, memory_bytes: float) -> int:
     each, so that its vectors have the same bits.
     """
     return max(1, min(cores, int(WORKERS_SHARE * memory_bytes / CPU_WORKER_BYTES)))
+
+
+def facts(device: str) -> dict[str, Any]:
+    """What a report tells of this machine: `cpu`, `cores`, `memory_bytes`, `gpus` (names), `system`, `python`."""
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
+        "gpus": gpu_names() if device == "cuda" else [],
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", _told(Path("/proc/cpuinfo")), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    """By the driver's own tool: torch would start CUDA in a process that needs none."""
+    with suppress(OSError, subprocess.SubprocessError):
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+        return [line.strip() for line in told.splitlines() if line.strip()]
+    return []
 
 
 def _told(path: Path) -> str:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -17,11 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.embed import Receipt
 from pipeline.errors import StorageError
+from pipeline.flow import ordered
 from pipeline.output import Root
 
 LINE_EVERY_S = 10.0  # without a terminal
 NOTE_EVERY_S = 10.0
 ALIVE_S = 120.0  # a run whose note is older than this is taken for dead
+UNFINISHED_S = 7 * 86400.0  # days of a GPU's work may lie in a set that waits for somebody to come back on Monday
+NOTES_AT_ONCE = 32
+STATES = ("running", "committed", "failed", "refused", "stalled", "interrupted", "died")  # as `outcome` gives them
 
 
 @dataclass
@@ -40,9 +45,15 @@ class State:
     pid: int = field(default_factory=os.getpid)
     started: float = field(default_factory=time.time)
     updated: float = field(default_factory=time.time)
+    name: str = ""  # of its note, and of what lies beside it below `reports/`
+    machine: dict[str, Any] = field(default_factory=dict)  # the driver's: `machine.facts`
+    packages: dict[str, str] = field(default_factory=dict)  # their versions
+    message: str = ""  # how it ended, for a person
     result: dict[str, Any] = field(default_factory=dict)  # the object of `--json`, once the run has ended
 
     def __post_init__(self) -> None:
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.started))
+        self.name = self.name or f"run-{stamp}-{uuid.uuid4().hex[:8]}"
         self._rows = self._rejected = 0  # of finished shards
         self._finished: set[str] = set()
 
@@ -141,8 +152,7 @@ class Note:
 
     def __init__(self, root: Root, state: State):
         self._root, self._state, self._closed = root, state, threading.Event()
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(state.started))
-        self._name = f"reports/run-{stamp}-{uuid.uuid4().hex[:8]}.json"
+        self._name = f"reports/{state.name}.json"
         self._write()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
@@ -163,14 +173,40 @@ class Note:
         self._write()
 
 
-def read_notes(root: Root) -> list[State]:
-    """The runs that left a note, oldest first; one that cannot be read tells nothing and is passed over."""
-    notes = []
-    for name in sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json")):
+def read_notes(root: Root, newest: int = 0) -> list[State]:
+    """The runs that left a note, oldest first; one that cannot be read tells nothing and is passed over.
+
+    `newest`: so many of them at most; 0: all.
+    """
+    names = sorted(n for n in root.list("reports") if n.startswith("reports/run-") and n.endswith(".json"))
+
+    def read(name: str) -> State | None:
         with suppress(ValueError, TypeError, FileNotFoundError):
-            notes.append(State(**json.loads(root.read(name))))
-    return notes
+            return State(**json.loads(root.read(name)))
+        return None
+
+    return [note for note in ordered(read, names[-newest:], NOTES_AT_ONCE) if note]
+
+
+def sets_in_use(notes: Iterable[State]) -> set[str]:
+    """Sets that a run writes now, or that one began in the last week and has not finished: it may go on from there.
+
+    `notes`: oldest first.
+    """
+    notes = list(notes)
+    unfinished: set[str] = set()
+    for note in notes:
+        if note.state == "committed":
+            unfinished.discard(note.set)
+        elif time.time() - note.updated < UNFINISHED_S:
+            unfinished.add(note.set)
+    return unfinished | {note.set for note in notes if is_alive(note)}
 
 
 def is_alive(state: State) -> bool:
     return state.state == "running" and time.time() - state.updated < ALIVE_S
+
+
+def outcome(state: State) -> str:
+    """How the run stands: one of `STATES`."""
+    return "died" if state.state == "running" and not is_alive(state) else state.state

@@ -56,11 +56,16 @@ def redact(url: str) -> str:
     return scheme + mark + host.rpartition("@")[2] + slash + path
 
 
+def redact_all(text: str) -> str:
+    """The text, each URL in it redacted."""
+    return re.sub(r"[A-Za-z0-9+]+://[^\s'\"<>]+", lambda url: redact(url[0]), text)
+
+
 def said(e: Exception) -> str:
     """What an error says, in one line and without what its URLs carry beyond the path."""
     sentence = str(e).partition("\nRequestId:")[0]  # Azure's client appends the whole answer, XML and all
     text = " ".join(sentence.split()) or type(e).__name__
-    text = re.sub(r"[A-Za-z0-9+]+://[^\s'\"<>]+", lambda url: redact(url[0]), text)
+    text = redact_all(text)
     return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + "…"
 
 

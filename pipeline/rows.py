@@ -88,9 +88,13 @@ def file_metadata(vectors: VectorSet, shard: Shard) -> dict[str, str]:
         "shard": shard.name,
         "input_etag": shard.etag,
         "schema_version": str(vectors.schema_version),
-        "packages": json.dumps({name: _version(name) for name in PACKAGES}),
+        "packages": json.dumps(package_versions()),
     }
     return {PREFIX + key: value for key, value in entries.items()}
+
+
+def package_versions() -> dict[str, str]:
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str:

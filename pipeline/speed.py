@@ -117,9 +117,7 @@ class Sums:
     @property
     def stage_seconds(self) -> dict[str, float]:
         """Summed over the threads of all workers; `forward` is the device's seconds on CUDA."""
-        seconds = {stage: self._seconds.get(stage, 0.0) for stage in STAGES}
-        more = {"read": "fetch", "decode": "batch_decode"}
-        return seconds | {stage: seconds[stage] + self._seconds.get(part, 0.0) for stage, part in more.items()}
+        return seconds_by_stage(self._seconds)
 
     def speed(self, means: Means) -> Speed:
         if not self.samples:
@@ -184,6 +182,13 @@ class Sums:
             most = self._seconds.get("forward", 0.0) * means.threads
             cpu["forward"] = max(cpu["forward"], min(rest, most))
         return Resource("cores", means.cores * seconds, cpu)
+
+
+def seconds_by_stage(parts: dict[str, float]) -> dict[str, float]:
+    """Seconds by `PARTS` → by stage: images behind URLs are `read`, those decoded on the device `decode`."""
+    seconds = {stage: parts.get(stage, 0.0) for stage in STAGES}
+    more = {"read": "fetch", "decode": "batch_decode"}
+    return seconds | {stage: seconds[stage] + parts.get(part, 0.0) for stage, part in more.items()}
 
 
 def _add(sums: dict[str, float], more: dict[str, float]) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from pipeline.cache import cache_folder
 from pipeline.config import MAX_BATCH
 from pipeline.device import is_out_of_memory
-from pipeline.weights import cache_folder
 
 CUDA_BATCHES = (64, 128, 256, 512, 1024, 2048, MAX_BATCH)
 WORTH_DOUBLING = 1.05  # a larger batch is taken while it gives at least 5 % more images/s

@@ -8,19 +8,19 @@ versions, never listings.
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from pipeline.config import VectorSet
 from pipeline.errors import StorageError, UsageError
 from pipeline.flow import ordered
 from pipeline.listing import Shard
-from pipeline.lists import KINDS, ROWS_AT_ONCE, FileList, ShardFiles
+from pipeline.lists import ROWS_AT_ONCE, FileList, ShardFiles
 from pipeline.output import Root
 from pipeline.rows import Counts, ShardWriter
 from pipeline.storage import digest
@@ -45,6 +45,7 @@ class Version:
     rejects: dict[str, int]
     created: str
     removed: list[str] = field(default_factory=list)  # shards of the version before that are gone from the input
+    rolled_back: dict[str, Any] = field(default_factory=dict)  # to which version and from what: `rollback.roll_back`
 
 
 def file_name(folder: str, kind: str, shard: str, etag: str) -> str:
@@ -170,13 +171,21 @@ def create_set(root: Root, folder: str, description: dict[str, Any]) -> None:
         raise UsageError(f"output {root.url} cannot be written: {e}") from e
 
 
+def described(root: Root, set_name: str) -> dict[str, Any]:
+    """What set.json says: the fields of `config.VectorSet`. Raises `StorageError` where it is damaged or gone."""
+    name = f"sets/{set_name}/set.json"
+    try:
+        found = json.loads(root.read(name))
+        if missing := {f.name for f in fields(VectorSet)} - found.keys():
+            raise KeyError(f"it lacks {', '.join(sorted(missing))}")
+        return dict(found)
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as e:
+        raise StorageError(f"{name} is damaged or gone: {e}") from e
+
+
 def outputs_of(root: Root, version: Version) -> list[str]:
     """What the version's set holds: embedding, classes, tokens …"""
-    name = f"sets/{version.set}/set.json"
-    try:
-        return list(json.loads(root.read(name))["outputs"])
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
-        raise StorageError(f"{name} is damaged or gone: {e}") from e
+    return list(described(root, version.set)["outputs"])
 
 
 def done(root: Root, folder: str) -> dict[str, int]:
@@ -242,14 +251,14 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: FileList) -
         ],
         pa.string(),
     )
-    sizes = _sizes(root, f"{folder}/embeddings", names)
+    sizes = sizes_of(root, f"{folder}/embeddings", names)
     if sizes.null_count:
         absent = shards[pc.index(pc.is_null(sizes), True).as_py()].name
         raise StorageError(f"{sizes.null_count} of {len(shards)} shards have no output yet, among them {absent}")
     found = known.table.take(pc.index_in(names, value_set=known.column("embeddings")))
     is_known = pc.equal(found["embeddings_bytes"], sizes)
     for kind in FileList(found).kinds()[1:]:
-        is_there = pc.equal(found[f"{kind}_bytes"], _sizes(root, f"{folder}/{kind}", found[kind]))
+        is_there = pc.equal(found[f"{kind}_bytes"], sizes_of(root, f"{folder}/{kind}", found[kind]))
         is_known = pc.and_kleene(is_known, pc.or_kleene(pc.is_null(found[kind]), is_there))
     unknown = np.flatnonzero(~pc.fill_null(is_known, False).to_numpy())
     if len(unknown):
@@ -264,7 +273,7 @@ def collect(root: Root, folder: str, shards: Sequence[Shard], known: FileList) -
     return files
 
 
-def _sizes(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
+def sizes_of(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
     """The bytes of each named object in a fresh listing of the folder; null where it is not there."""
     there = root.list(folder)
     listed, sizes = pa.array(list(there), pa.string()), pa.array(list(there.values()), pa.int64())
@@ -272,37 +281,63 @@ def _sizes(root: Root, folder: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def commit(
-    root: Root, set_name: str, files: Iterable[ShardFiles], stays: Callable[[Version], bool] = lambda before: False
+    root: Root,
+    set_name: str,
+    files: Iterable[ShardFiles],
+    stays: Callable[[Version | None], bool] = lambda before: False,
 ) -> Version | None:
     """Makes the files the current version, unless they already are; the version appears by one create-only write.
 
-    None, and nothing done, where the version before `stays`; that is asked again after a lost race.
+    None, and nothing done, where the version before `stays`; that is asked again after a lost race. It is None where
+    there is no version yet.
     """
     listed = FileList.of(files)
-    list_name = f"versions/files-{digest(set_name, listed.identity())}.parquet"
+    name = list_name(set_name, listed)
     total = listed.totals
-    for _ in range(COMMIT_TRIES):
-        before = read_version(root)
-        if before is not None and before.set == set_name and before.files == list_name:
+
+    def after(before: Version | None) -> Version | None:
+        if before is not None and before.set == set_name and before.files == name:
             return before
-        if before is not None and stays(before):
+        if stays(before):
             return None
-        root.put_new(list_name, listed.encode())
-        version = Version(
+        root.put_new(name, listed.encode())
+        return Version(
             version=before.version + 1 if before else 1,
             set=set_name,
-            files=list_name,
+            files=name,
             shards=len(listed),
             samples=total.samples,
             rows=total.rows,
             rejects=dict(sorted(total.rejects.items())),
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created=now(),
             removed=removed(root, before, set_name, set(listed.column("shard").to_pylist())),
         )
-        content = json.dumps(asdict(version), indent=1).encode()
-        if root.put_new(version_name(version.version), content):
+
+    return append(root, after)
+
+
+def append(root: Root, after: Callable[[Version | None], Version | None]) -> Version | None:
+    """Puts the version that `after` makes of the one before, create-only; it is asked again after a lost race.
+
+    Where it gives None, or the version before, that is returned and nothing is put.
+    """
+    for _ in range(COMMIT_TRIES):
+        before = read_version(root)
+        version = after(before)
+        if version is None or version == before:
+            return version
+        if root.put_new(version_name(version.version), json.dumps(asdict(version), indent=1).encode()):
             return version
     raise StorageError(f"lost the race for a version number {COMMIT_TRIES} times: too many drivers on {root.url}")
+
+
+def list_name(set_name: str, files: FileList) -> str:
+    """Where the list of these files of the set lies: equal lists have one name."""
+    return f"versions/files-{digest(set_name, files.identity())}.parquet"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def removed(root: Root, before: Version | None, set_name: str, shards: set[str]) -> list[str]:
@@ -314,29 +349,3 @@ def removed(root: Root, before: Version | None, set_name: str, shards: set[str])
 
 def version_name(number: int) -> str:
     return f"versions/{number:08d}.json"
-
-
-# readers
-
-
-def files(url: str, *, kind: str = "embeddings", version: int | None = None) -> list[str]:
-    """The URLs of a version's files of one kind, ready for any Parquet reader."""
-    root, listed = _listed(url, kind, version)
-    return [f"{root.url}/{name}" for name in listed.names(kind)]
-
-
-def open_dataset(url: str, *, kind: str = "embeddings", version: int | None = None) -> ds.Dataset:
-    """A pyarrow dataset of one version (the current one by default): one set, whole files, each row once."""
-    root, listed = _listed(url, kind, version)
-    return ds.dataset([root.at(name) for name in listed.names(kind)], format="parquet", filesystem=root.fs)
-
-
-def _listed(url: str, kind: str, number: int | None) -> tuple[Root, FileList]:
-    if kind not in KINDS:
-        raise UsageError(f"--kind {kind}: choose one of {', '.join(KINDS)}")
-    root = existing_output(url)
-    version = current(root, number)
-    listed = read_list(root, version)
-    if listed.column(kind).null_count:
-        raise UsageError(f"version {version.version} of {root.url} has no {kind}: it was embedded without")
-    return root, listed

@@ -24,8 +24,12 @@ def watch(
     display: Display,
     stall_timeout_s: float,
     say: Callable[[str], None],
+    told: Callable[[dict[str, Activity]], None] = lambda said: None,
 ) -> Iterator[Receipt]:
-    """The pool's receipts, while progress is shown; raises `Stalled` when nothing moves, `Failed` when Ray gives up."""
+    """The pool's receipts, while progress is shown; raises `Stalled` when nothing moves, `Failed` when Ray gives up.
+
+    `told` hears what each worker says that it is at, some twice a second.
+    """
     workers, moves = _Workers(say), _Moves(stall_timeout_s, size[0])
     while not pool.is_done:
         try:
@@ -36,6 +40,7 @@ def watch(
             state.finish(receipt)
             yield receipt
         state.see(news.said)
+        told(news.said)
         workers.see(news)
         display.show()
         moves.see(state.shards_done, news)

@@ -12,9 +12,7 @@ import platform
 import re
 import secrets
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from timm.models import load_model_config_from_hf, load_state_dict, parse_model_
 from timm.models._hub import load_model_config_from_path
 
 from pipeline.architecture import OWN, State, build, classifiers, line, load_strictly
+from pipeline.cache import cache_folder, clear_old
 from pipeline.config import Adapt
 from pipeline.describe import check_model_name
 from pipeline.errors import StorageError, UsageError
@@ -34,7 +33,6 @@ from pipeline.storage import read_bytes, redact
 # What timm's factories take beside a model's own arguments: where weights come from and how strictly they fit. In a
 # config.json's `model_args` these would be obeyed without a word.
 LOADING = re.compile("pretrained.*|checkpoint_path|cache_dir|features_only|feature_.*|kwargs_filter|model_cfg|pruned")
-KEEP_STAGED_S = 30 * 86400  # a staged file that nothing has used for so long is deleted
 
 
 CONFIGS = {"local-dir": load_model_config_from_path, "hf-hub": load_model_config_from_hf}  # (cfg, name, arguments)
@@ -158,12 +156,6 @@ def sha256(state: dict[str, Any]) -> str:
     return total.hexdigest()
 
 
-def cache_folder() -> Path:
-    """`$SHARD2VEC_CACHE`, else `shard2vec` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shard2vec"
-    return Path(os.environ.get("SHARD2VEC_CACHE", default))
-
-
 def stage(module: torch.nn.Module, digest: str) -> Path:
     """Leaves the module's weights, whose SHA-256 is `digest`, in this node's cache; returns the safetensors file."""
     state = module.state_dict()
@@ -176,7 +168,7 @@ def stage(module: torch.nn.Module, digest: str) -> Path:
         partial = _partial(final)
         safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, partial)
         _publish(partial, final)
-    _forget_old(folder)
+    clear_old(folder)
     return final
 
 
@@ -202,7 +194,7 @@ def receive(digest: str, content: Callable[[], "bytes | memoryview"]) -> Path:
                 raise StorageError(f"weights that came to {platform.node()} are damaged: {found} for {digest}")
             _publish(partial, final)
     final.touch()
-    _forget_old(folder)
+    clear_old(folder)
     return final
 
 
@@ -215,13 +207,6 @@ def _publish(partial: Path, final: Path) -> None:
     with open(partial, "rb") as f:
         os.fsync(f.fileno())
     os.replace(partial, final)
-
-
-def _forget_old(folder: Path) -> None:
-    for old in folder.iterdir():
-        with suppress(FileNotFoundError):  # another run's partial file, just renamed
-            if time.time() - old.stat().st_mtime > KEEP_STAGED_S:
-                old.unlink()
 
 
 def load_staged(model: str, path: Path, adapt: Adapt = OWN) -> torch.nn.Module:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from containers import write_tar
 from pictures import jpeg
 
-from pipeline import versions
+from pipeline import readers, versions
 from pipeline.errors import StorageError
 from pipeline.output import Root
 
@@ -101,14 +101,14 @@ class Job:
                     score.half_files += 1
                     score.wrong.append(f"{name}: {e}")
         for number in versions.numbers(root):
-            versions.files(self.output, version=number)
+            readers.files(self.output, version=number)
 
     def count(self, score: Score) -> None:
         """Compares the current version's ids with the input's, and `verify` with both."""
         self.look(score)
         found = Counter[str]()
         for kind in ("embeddings", "rejects"):
-            table = versions.open_dataset(self.output, kind=kind).to_table(columns=["id"])
+            table = readers.open_dataset(self.output, kind=kind).to_table(columns=["id"])
             found.update(table["id"].to_pylist())
         score.samples += len(self.ids)
         score.lost += len(self.ids - found.keys())
@@ -119,7 +119,7 @@ class Job:
         score.expect(f"verify: {checked.stderr[-500:]}", checked.returncode == 0)
 
     def rows(self) -> list[dict[str, Any]]:
-        return list(versions.open_dataset(self.output).to_table().sort_by("id").to_pylist())
+        return list(readers.open_dataset(self.output).to_table().sort_by("id").to_pylist())
 
 
 def ended(run: "subprocess.Popen[str]", timeout_s: float = 600) -> tuple[int, dict[str, Any], str]:

@@ -16,7 +16,7 @@ from containers import write_tar
 from pictures import jpeg
 from poison import environment, poison
 
-from pipeline import versions
+from pipeline import readers, versions
 from pipeline.output import Root
 
 SMALL_BYTES = 256 * 1024  # of a disk that is full before the job is done
@@ -169,7 +169,7 @@ def deadly_images(folder: Path, rng: random.Random, rounds: int) -> Score:
             job.ids |= {f"deadly{shard}/{key.removesuffix('.jpg')}" for key in members}
         code, _, said = ended(job.start(env=environment(folder / "poison")))
         score.expect(f"ended with {code}: {said[-300:]}", code == 0)
-        rejects = versions.open_dataset(job.output, kind="rejects").to_table(columns=["id"])["id"].to_pylist()
+        rejects = readers.open_dataset(job.output, kind="rejects").to_table(columns=["id"])["id"].to_pylist()
         named = {i for i in rejects if not i.endswith("/broken")}
         score.expect(f"rejected {named}, deadly are {deadly}", named == deadly.keys())
         job.count(score)

@@ -82,24 +82,48 @@ def full_device() -> Iterator[Callable[[int], None]]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Two processes of tests with a thread for each core would wait for each other: three times the seconds."""
+    config.addinivalue_line("markers", "by_model: runs next to the others of the same backbone, which is made once")
+    config.option.loadscopereorder = False  # xdist's order is by the number of tests, which says nothing of seconds
     if os.environ.get("PYTEST_XDIST_WORKER"):
         import torch
 
         torch.set_num_threads(1)
 
 
+FAST, RAY, SLOW = range(3)
+
+
+def rank(item: pytest.Item) -> int:
+    return (
+        SLOW if item.get_closest_marker("slow") else RAY if "ray_session" in getattr(item, "fixturenames", ()) else FAST
+    )
+
+
+def group(item: pytest.Item) -> str:
+    """What shares a server, a Ray or a backbone stays together, so that each is made once."""
+    if item.get_closest_marker("by_model"):
+        (model,) = (value for name, value in item.callspec.params.items() if name in ("model", "name"))  # type: ignore[attr-defined]
+        return f"by_model {model}"
+    return "ray" if "ray_session" in getattr(item, "fixturenames", ()) else f"{item.path.name} {rank(item)}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, then those with Ray, then the slow ones; GPU tests skip where there is no GPU."""
+    """Fast tests first, then those with Ray, then the slow ones; GPU tests skip where there is no GPU.
+
+    With several processes the other way round: long groups first, and what fits everywhere in the end.
+    """
     import torch
 
-    def rank(item: pytest.Item) -> int:
-        return 2 if item.get_closest_marker("slow") else int("ray_session" in getattr(item, "fixturenames", ()))
-
-    items.sort(key=rank)
+    is_shared = bool(os.environ.get("PYTEST_XDIST_WORKER"))
+    order = {FAST: 2, RAY: 0, SLOW: 1} if is_shared else {FAST: 0, RAY: 1, SLOW: 2}
+    members: dict[str, list[pytest.Item]] = {}
     for item in items:
-        # With two processes: what shares a server or a Ray stays together, so that each is started once.
-        group = "ray" if rank(item) == 1 else f"{item.path.name} {rank(item)}"
-        item.add_marker(pytest.mark.xdist_group(group))
+        members.setdefault(group(item), []).append(item)
+    for name, of_group in members.items():
+        for item in of_group:
+            item.add_marker(pytest.mark.xdist_group(name))
+    groups = sorted(members.values(), key=lambda of_group: min(order[rank(item)] for item in of_group))
+    items[:] = [item for of_group in groups for item in of_group]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

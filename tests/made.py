@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import oracle
+import torch
 
 from pipeline.backbone import Backbone, facts_of
 from pipeline.config import Adapt, VectorSet
@@ -23,7 +24,7 @@ def vector_set(
     names: tuple[str, ...] | None = None,
     **changes: object,
 ) -> VectorSet:
-    facts = facts_of(oracle.module(model), model, outputs, indices, names)
+    facts = facts_of(oracle.shared(model), model, outputs, indices, names)
     fields: dict[str, object] = {
         "model": model,
         "architecture": model,
@@ -61,14 +62,17 @@ def job(output: Path | str, *, batch_size: int = 4, labels: tuple[str, ...] = ()
     )
 
 
-def embedder(job: Job, *, deaths: Callable[[str], int] = lambda shard: 0, **settings: object) -> Embedder:
+def embedder(
+    job: Job, *, deaths: Callable[[str], int] = lambda shard: 0, net: torch.nn.Module | None = None, **settings: object
+) -> Embedder:
+    """`net`: the model with its weights; None: the oracle's."""
     vectors = job.vectors
     settings = {
         "batch_size": job.batch_size,
         "classes": bool(vectors.top_k),
         "tensors": vectors.tensors,
     } | settings
-    backbone = Backbone(oracle.module(vectors.model), **settings)  # type: ignore[arg-type]
+    backbone = Backbone(net or oracle.module(vectors.model), **settings)  # type: ignore[arg-type]
     return Embedder(job, backbone, LocalFeed(vectors, job.decode_threads, backbone.batch_size, deaths))
 
 

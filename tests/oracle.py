@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -49,23 +50,29 @@ class Expected(NamedTuple):
     embedding: np.ndarray  # float32 (n, D)
     scores: np.ndarray  # float32 (n, C)
     tokens: np.ndarray  # float32 (n, …), flat, parts one after the other
-    maps: tuple[np.ndarray, np.ndarray]  # feature maps 2 and 0, flat
+    maps: tuple[np.ndarray, ...]  # feature maps 2 and 0, flat, where asked for
 
 
 def module(model: str, seed: int = 0) -> torch.nn.Module:
     """timm's own initialisation after `manual_seed`; a copy, which is ten times faster to have than a new one."""
-    return copy.deepcopy(_module(model, seed))
+    return copy.deepcopy(shared(model, seed))
 
 
 @lru_cache(maxsize=3)
-def _module(model: str, seed: int) -> torch.nn.Module:
+def shared(model: str, seed: int = 0) -> torch.nn.Module:
+    """The same, for those who change nothing in it."""
     torch.manual_seed(seed)
     return timm.create_model(model, pretrained=False).eval()
 
 
-def expected(model: str, images: list[bytes], seed: int = 0) -> Expected:
+def expected(model: str, images: Sequence[bytes], seed: int = 0, maps: bool = False) -> Expected:
     """timm's own calls, each for itself, one image at a time."""
-    net = module(model, seed)
+    return _expected(model, tuple(images), seed, maps)
+
+
+@lru_cache(maxsize=4)
+def _expected(model: str, images: tuple[bytes, ...], seed: int, with_maps: bool) -> Expected:
+    net = shared(model, seed)
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=net))
     embeddings, scores, tokens, maps = [], [], [], []
     with torch.inference_mode():
@@ -77,10 +84,11 @@ def expected(model: str, images: list[bytes], seed: int = 0) -> Expected:
             scores.append(net(x).softmax(1)[0].numpy())
             parts = body if isinstance(body, list | tuple) else [body]
             tokens.append(torch.cat([p.flatten() for p in parts]).numpy())
-            found = net.forward_intermediates(x, intermediates_only=True)
-            maps.append([found[i].flatten().numpy() for i in (2, 0)])
-    two = [np.stack(column) for column in zip(*maps, strict=True)]
-    return Expected(np.stack(embeddings), np.stack(scores), np.stack(tokens), (two[0], two[1]))
+            if with_maps:
+                found = net.forward_intermediates(x, intermediates_only=True)
+                maps.append([found[i].flatten().numpy() for i in (2, 0)])
+    two = tuple(np.stack(column) for column in zip(*maps, strict=True))
+    return Expected(np.stack(embeddings), np.stack(scores), np.stack(tokens), two)
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> float:

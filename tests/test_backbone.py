@@ -51,6 +51,7 @@ def test_uint8_normalised_on_the_device_is_bit_equal_to_timms_transform(model: s
     assert torch.equal(backbone.normalize(pixels(backbone)), plain)
 
 
+@pytest.mark.by_model
 @pytest.mark.parametrize("model", oracle.SEEDS)
 def test_bf16_keeps_the_embedding_and_a_float32_head(model: str) -> None:
     """In bf16 the embedding's cosine with fp32 is at least 0.9998 and scores do not collapse onto bf16's few values."""

@@ -17,7 +17,7 @@ from clusters import Nodes, autoscaling, processes, until
 from containers import write_tar
 from pictures import jpeg
 
-from pipeline import versions
+from pipeline import readers
 from pipeline.build import build_id
 from pipeline.errors import UsageError
 from pipeline.reach import check
@@ -123,7 +123,7 @@ def test_a_pool_grows_the_cluster_and_lets_it_shrink(growing: tuple[Nodes, Any],
     code, told, said = ended(run)
     assert code == 0, said
     assert told["rows"] == SHARDS * IMAGES and told["shards_unchanged"] >= 1
-    assert len(versions.open_dataset(str(tmp_path / "out")).to_table(["id"])) == SHARDS * IMAGES
+    assert len(readers.open_dataset(str(tmp_path / "out")).to_table(["id"])) == SHARDS * IMAGES
     assert until(lambda: count() == 0, 60), "the nodes are idle"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import oracle
 import pytest
 import timm
 import torch
@@ -192,10 +193,11 @@ def test_the_verbs_text_ends_with_the_notes(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.endswith("features  none\n")
 
 
+@pytest.mark.by_model
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shapes_and_preprocessing_are_those_of_a_real_forward(name: str) -> None:
     card = card_of(name)
-    model = timm.create_model(name).eval()
+    model = oracle.shared(name)
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     image = torch.zeros(1, *config["input_size"])
     with torch.no_grad():

@@ -27,8 +27,9 @@ from pipeline.feed import Fed
 from pipeline.flow import ByteBudget, Flow
 from pipeline.listing import Shard, list_shards
 from pipeline.output import Root
+from pipeline.readers import open_dataset
 from pipeline.shards import read_samples
-from pipeline.versions import file_name, open_dataset, published
+from pipeline.versions import file_name, published
 
 
 def rows(receipts: list[Receipt], output: Path, columns: list[str] | None = None) -> dict[str, dict]:
@@ -36,19 +37,27 @@ def rows(receipts: list[Receipt], output: Path, columns: list[str] | None = None
     return {row["id"]: row for table in tables for row in table}
 
 
+@pytest.mark.by_model
 @pytest.mark.parametrize("model", [*(m for m in oracle.SEEDS if m not in oracle.ON_RAY), *oracle.OTHERS])
 def test_every_layout_and_head_ends_in_the_right_row(model: str, tmp_path: Path) -> None:
-    """Seeds and other families: embedding, scores and tokens in the files are timm's own calls'."""
+    """Seeds and other families: embedding, scores and tokens in the files are timm's own calls'; others' maps too."""
     images = list(oracle.good_images().values())[:2]
     write_tar(tmp_path / "in" / "x.tar", {f"{i}.jpg": image for i, image in enumerate(images)})
-    classes = "eva02" not in model
-    outputs = ("embedding", "classes", "tokens") if classes else ("embedding", "tokens")
-    job = made.job(tmp_path / "out", model=model, outputs=outputs, top_k=5 * classes)
+    classes, has_maps = "eva02" not in model, model in oracle.OTHERS  # the seeds' maps: test_features.py
+    outputs = ("embedding", *["classes"] * classes, "tokens", *["features"] * has_maps)
+    job = made.job(tmp_path / "out", model=model, outputs=outputs, indices=(2, 0), top_k=5 * classes)
     (receipt,) = made.embed(job, tmp_path / "in")
-    want = oracle.expected(model, images)
-    tables = {k: pq.read_table(tmp_path / "out" / receipt.files.names[k]) for k in ("embeddings", "tokens")}
+    want = oracle.expected(model, images, maps=has_maps)
+    tables = {kind: pq.read_table(tmp_path / "out" / name) for kind, name in receipt.files.names.items()}
     assert oracle.relative(np.array(tables["embeddings"]["embedding"].to_pylist()), want.embedding) < 1e-5
-    assert oracle.relative(np.array(tables["tokens"]["tokens"].to_pylist(), np.float32), want.tokens) < 1e-3
+    beside = [("tokens", "tokens", want.tokens), *(("features", f"feature_{i}", m) for i, m in enumerate(want.maps))]
+    assert len(beside) == 1 + 2 * has_maps
+    for kind, column, values in beside:
+        got = tables[kind][column].combine_chunks().flatten().to_numpy().astype(np.float32).reshape(len(values), -1)
+        (of,) = (t for t in job.vectors.tensors if t.column == column)
+        if kind == "features" and of.layouts == ("NHWC",):  # the oracle's are NCHW
+            got = got.reshape(-1, *of.shapes[0]).transpose(0, 3, 1, 2).reshape(len(values), -1)
+        assert oracle.relative(got, values) < 1e-3, column
     if classes:
         order = np.argsort(-want.scores, axis=1, kind="stable")[:, :5]
         assert tables["embeddings"]["topk_index"].to_pylist() == order.tolist()
@@ -312,24 +321,22 @@ def test_labels_are_counted_as_hits(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
     """A shard of 1,200 images needs no more memory than one of 200, but for rows that wait for their row group."""
-    peaks = []
     for n in (200, 1200):
         write_tar(tmp_path / f"in{n}" / "x.tar", {f"{i:05d}.jpg": jpeg(64, 64, seed=i % 5) for i in range(n)})
-        code = (
-            "import sys, resource; sys.path[:0] = sys.argv[3:]; import made; from pathlib import Path;"
-            "made.embed(made.job(sys.argv[2], batch_size=8), Path(sys.argv[1]));"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
-        here = Path(__file__).parent
-        out = subprocess.run(
-            [sys.executable, "-c", code, tmp_path / f"in{n}", tmp_path / f"out{n}", here, here.parent],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ,
-        )
-        peaks.append(int(out.stdout))
-    assert peaks[1] - peaks[0] < 60_000, f"peak of {peaks} kB"
+    code = """
+import sys, resource
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+import made
+for n in (200, 1200):
+    made.embed(made.job(f"{sys.argv[1]}/out{n}", batch_size=8), Path(sys.argv[1], f"in{n}"))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", code, tmp_path, here, here.parent]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    few, many = map(int, out.stdout.split())
+    assert many - few < 60_000, f"peaks of {few} and {many} kB"
 
 
 def test_a_shard_that_took_a_worker_down_has_the_same_files(tmp_path: Path, shards: Path) -> None:

@@ -11,7 +11,6 @@ import oracle
 import pytest
 import timm
 import torch
-from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 from jobs.__main__ import app
@@ -115,6 +114,8 @@ def small() -> torch.nn.Module:
 def test_a_model_is_compiled_once_and_found_again(own_compiler_cache: None) -> None:
     """One graph for full and short batches with hooks and tokens, within the stated error, the same bits however full
     the batch is; the next process's compilation, proven on the way, comes from the cache."""
+    from torch._dynamo.utils import counters
+
     net = small()
     tensors = facts_of(net, "test_vit", EVERYTHING[:2], None, ("patch_embedding", "block_0")).tensors
     images = pixels(net)
@@ -239,6 +240,8 @@ def test_a_set_of_openvino_is_made_and_found_again(
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_graph_on_cuda_is_recorded_once_and_gives_rows_to_keep(precision: str) -> None:
     """CUDA graphs write every batch to the same place: what was given before stays what it was."""
+    from torch._dynamo.utils import counters
+
     net = oracle.module("pit_ti_224")
     assert resolve_engine("compile", net, precision=precision, device="cuda", batch_size=4) == ("compile", "")
     counters.clear()

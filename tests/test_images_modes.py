@@ -81,10 +81,11 @@ def test_shrunk_images_stay_in_place() -> None:
         assert off("scaled", data)[:2].mean() < 0.3
 
 
+@pytest.mark.by_model
 @pytest.mark.parametrize("model", FAMILIES)
 def test_embeddings_hardly_change(model: str) -> None:
     """The cosine with the embedding of `exact`'s pixels, in fp32, is not below what is published."""
-    net = oracle.module(model)
+    net = oracle.shared(model)
     config = timm.data.resolve_data_config({}, model=net)
     preprocessing = Preprocessing.of(config)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))

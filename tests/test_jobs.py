@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from jobs import job_file
 from jobs.__main__ import app
-from pipeline import versions
+from pipeline import readers, versions
 from pipeline.errors import UsageError
 from pipeline.output import Root
 
@@ -78,8 +78,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_told_before_any_work(case: str, shards: Path, tmp_path: Path) -> None:
-    """Exit 2, one sentence, no traceback, nothing written."""
+def test_what_is_wrong_is_told_before_any_work(case: str, shards: Path, tmp_path: Path, ray_session: None) -> None:
+    """Exit 2, one sentence, no traceback, nothing written. (Beside a Ray, else each case would begin to start one.)"""
     (tmp_path / "file").write_text("")
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.docx").write_text("")
@@ -109,7 +109,23 @@ def test_required_flags_are_asked_for() -> None:
     assert call("embed")[0::2] == (2, "shard2vec: --input is missing: see `shard2vec embed --help`\n")
 
 
-@pytest.mark.parametrize("verb", ["demo", "embed", "status", "files", "verify", "describe", "bench", "gc"])
+VERBS = [
+    "demo",
+    "embed",
+    "reembed",
+    "status",
+    "files",
+    "verify",
+    "describe",
+    "bench",
+    "compare",
+    "report",
+    "rollback",
+    "gc",
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_shows_a_working_example(verb: str) -> None:
     """--help says what the verb does and ends with a command to copy."""
     code, out, _ = call(verb, "--help")
@@ -216,8 +232,8 @@ def test_the_command_lines_vectors_are_timms(model: str, shards: Path, tmp_path:
     )
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["rows"] == 4
-    want = oracle.expected(model, images)
-    table = versions.open_dataset(str(tmp_path / "out")).to_table().to_pylist()
+    want = oracle.expected(model, images, maps=True)
+    table = readers.open_dataset(str(tmp_path / "out")).to_table().to_pylist()
     assert [r["key"] for r in table] == [f"photo_{i}" for i in range(4)]
     assert oracle.relative(np.array([r["embedding"] for r in table]), want.embedding) < 1e-5
     assert [r["label"] for r in table] == [None, None, 5, None]
@@ -230,7 +246,7 @@ def test_the_command_lines_vectors_are_timms(model: str, shards: Path, tmp_path:
         "tokens": {"tokens": want.tokens},
         "features": dict(zip(MAPS, want.maps, strict=True)),
     }.items():
-        beside = versions.open_dataset(str(tmp_path / "out"), kind=kind).to_table()
+        beside = readers.open_dataset(str(tmp_path / "out"), kind=kind).to_table()
         assert beside["id"].to_pylist() == [r["id"] for r in table]
         assert beside.column_names == ["id", *columns]
         for column, values in columns.items():
@@ -258,7 +274,7 @@ def test_another_size_and_grey_images_from_the_command_line(tmp_path: Path, ray_
     x = torch.stack([transform(Image.open(io.BytesIO(i)).convert("L")) for i in images.values()])
     with torch.inference_mode():
         want = adapted.forward_head(adapted.forward_features(x), pre_logits=True).numpy()
-    table = versions.open_dataset(str(tmp_path / "out")).to_table()
+    table = readers.open_dataset(str(tmp_path / "out")).to_table()
     assert oracle.relative(np.array(table["embedding"].to_pylist()), want) < 1e-5
     told = json.loads((tmp_path / "out" / "sets" / json.loads(out)["set"] / "set.json").read_text())
     assert told["preprocessing"]["input_size"] == [1, 256, 192] and told["outputs"] == ["embedding", "tokens"]
@@ -326,9 +342,10 @@ def test_a_killed_run_resumes_to_the_very_result_of_an_undisturbed_one(tmp_path:
     told = json.loads(out.splitlines()[-1])
     assert told["shards_unchanged"] >= 2 and told["shards_unchanged"] + told["shards_embedded"] == 6
     undisturbed = made.job(tmp_path / "whole", model="pit_ti_224", batch_size=2, decode="fast")
-    versions.commit(Root(str(tmp_path / "whole")), "whole", [r.files for r in made.embed(undisturbed, shards)])
+    files = [r.files for r in made.embed(undisturbed, shards)]
+    versions.commit(Root(str(tmp_path / "whole")), undisturbed.vectors.name, files)
     tables = [
-        versions.open_dataset(str(o), kind=kind).to_table()
+        readers.open_dataset(str(o), kind=kind).to_table()
         for o in (output, tmp_path / "whole")
         for kind in ("embeddings", "rejects")
     ]
@@ -378,7 +395,7 @@ def test_a_killed_worker_and_images_that_kill_theirs_cost_time_and_no_row(tmp_pa
     told = json.loads(out)
     assert len(out.splitlines()) == 1 and told["rows"] == 144 + 24 + 23
     assert told["rejects"] == {"corrupt": 2, "too_large": 1, "truncated": 6}
-    rejects = versions.open_dataset(str(output), kind="rejects").to_table().to_pylist()
+    rejects = readers.open_dataset(str(output), kind="rejects").to_table().to_pylist()
     found = {r["id"]: r["message"] for r in rejects if not r["id"].endswith("/broken")}
     assert found == {
         "s6/a": "its decoder crashed (SIGSEGV)",
@@ -388,7 +405,6 @@ def test_a_killed_worker_and_images_that_kill_theirs_cost_time_and_no_row(tmp_pa
     assert call("verify", output, "--input", shards)[0] == 0
 
 
-@pytest.mark.slow
 def test_demo_shows_a_result(tmp_path: Path, ray_session: None) -> None:
     """Shards, rejects by reason, a verified version, a table that pandas printed and a picture."""
     code, out, err = call("demo", "--output", tmp_path / "demo", "--images", 48, "--model", "test_vit", "--json")

@@ -18,7 +18,7 @@ from containers import write_folder, write_parquet, write_tar
 from pictures import jpeg
 from test_weights import save_local_dir
 
-from pipeline import versions
+from pipeline import readers, versions
 from pipeline.columns import Columns
 from pipeline.config import RunConfig
 from pipeline.embed import STAGES
@@ -52,7 +52,7 @@ def run(asked: RunConfig) -> Result:
 
 
 def rows(output: Path) -> dict[str, dict]:
-    return {row["id"]: row for row in versions.open_dataset(str(output)).to_table().to_pylist()}
+    return {row["id"]: row for row in readers.open_dataset(str(output)).to_table().to_pylist()}
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +145,11 @@ def test_a_run_that_another_one_overtook_brings_nothing_back(tmp_path: Path, mon
     assert gone.exit_code == FAILED and "the input cannot be listed again" in gone.message
 
 
-def test_only_what_changed_is_embedded(shards: Path, tmp_path: Path) -> None:
+def test_only_what_changed_is_embedded(done: tuple[Path, Result], shards: Path, tmp_path: Path) -> None:
     """A changed, a new and a deleted shard: two are embedded, one is removed, the rest costs a listing entry."""
     work, output = tmp_path / "in", tmp_path / "out"
-    shutil.copytree(shards, work)
-    run(config(work, output))
+    shutil.copytree(shards, work)  # with their times, which are a part of their etags
+    shutil.copytree(done[0], output)
     before = {f.shard: f.embeddings for f in versions.read_list(Root(str(output)), versions.current(Root(str(output))))}
     write_tar(work / "a" / "two.tar", {"x.jpg": jpeg(seed=5)})
     write_tar(work / "new.tar", {"y.jpg": jpeg(seed=6)})
@@ -178,8 +178,9 @@ def test_actors_and_resuming_change_no_bit(done: tuple[Path, Result], shards: Pa
     assert torch.get_num_threads() == threads
 
 
-def test_too_many_rejects_commit_no_version(shards: Path, tmp_path: Path) -> None:
+def test_too_many_rejects_commit_no_version(done: tuple[Path, Result], shards: Path, tmp_path: Path) -> None:
     """Exit 3 names the reasons; with a higher limit the same command commits at once, embedding nothing."""
+    shutil.copytree(done[0] / "sets", tmp_path / "out" / "sets")
     refused = run(config(shards, tmp_path / "out", max_reject_rate=0.1))
     assert refused.exit_code == REFUSED and "3 of 24 samples were rejected" in refused.message
     assert refused.json["version"] is None and refused.json["rejects"] == oracle.REJECTS
@@ -245,16 +246,30 @@ def test_other_inputs(tmp_path: Path) -> None:
         assert {r["label"] for r in got.values()} == (set(range(5)) if shard == "in/bytes" else {None})
 
 
-def test_a_model_without_classes_and_labels_of_ones_own(tmp_path: Path) -> None:
-    """No classifier: no class columns. --labels: the names in the file."""
+def test_labels_and_weights_of_ones_own(tmp_path: Path) -> None:
+    """--labels: the names in the file. set.json says what made the vectors; where that came from stands nowhere."""
     write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})
     (tmp_path / "names.txt").write_text("".join(f"thing {i}\n" for i in range(1000)))
-    run(config(tmp_path / "in", tmp_path / "out", labels=str(tmp_path / "names.txt"), top_k=3))
+    torch.save(oracle.module("test_vit", 1).state_dict(), tmp_path / "secret-token.pth")
+    asked = config(tmp_path / "in", tmp_path / "out", labels=str(tmp_path / "names.txt"), top_k=3)
+    told = run(replace(asked, weights=str(tmp_path / "secret-token.pth"))).json
     (row,) = rows(tmp_path / "out").values()
     assert row["topk_label"] == [f"thing {i}" for i in row["topk_index"]] and len(row["topk_index"]) == 3
-    result = run(config(tmp_path / "in", tmp_path / "bare", model="eva02_tiny_patch14_224"))
-    assert result.exit_code == COMMITTED
-    (row,) = rows(tmp_path / "bare").values()
+    described = json.loads((tmp_path / "out" / "sets" / told["set"] / "set.json").read_text())
+    assert described["set"] == told["set"] and described["precision"] == "fp32" and described["dim"] == 64
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or b"secret-token" not in path.read_bytes()
+
+
+def test_a_model_without_classes_and_a_shard_without_samples(tmp_path: Path) -> None:
+    """No classifier: no class columns. A tar of no samples is a file of no rows, and is not opened again."""
+    write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})
+    write_tar(tmp_path / "in" / "empty.tar", {})
+    asked = config(tmp_path / "in", tmp_path / "out", model="eva02_tiny_patch14_224")
+    first, second = run(asked), run(asked)
+    assert first.exit_code == second.exit_code == COMMITTED
+    assert (first.json["shards"], first.json["rows"], second.json["shards_unchanged"]) == (2, 1, 2)
+    (row,) = rows(tmp_path / "out").values()
     assert len(row["embedding"]) == 192 and "topk_index" not in row
 
 
@@ -303,16 +318,8 @@ def test_classes_of_ones_own(tmp_path: Path) -> None:
     (row,) = rows(tmp_path / "out").values()
     assert sorted(row["topk_index"]) == list(range(7)) and sum(row["topk_score"]) == pytest.approx(1)
     assert row["topk_label"] == [f"n{i}" for i in row["topk_index"]]
-    metadata = pq.read_schema(versions.files(str(tmp_path / "out"))[0]).metadata
+    metadata = pq.read_schema(readers.files(str(tmp_path / "out"))[0]).metadata
     assert metadata[b"shard2vec.labels"] == b"model"
-
-
-def test_an_empty_shard_is_done_when_it_has_nothing(tmp_path: Path) -> None:
-    """A tar of no samples is a file of no rows, and is not opened again."""
-    write_tar(tmp_path / "in" / "empty.tar", {})
-    write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})
-    first, second = (run(config(tmp_path / "in", tmp_path / "out")).json for _ in range(2))
-    assert (first["shards"], first["rows"], second["shards_unchanged"]) == (2, 1, 2)
 
 
 def test_the_run_leaves_a_note(done: tuple[Path, Result]) -> None:
@@ -320,14 +327,3 @@ def test_the_run_leaves_a_note(done: tuple[Path, Result]) -> None:
     note = read_notes(Root(str(done[0])))[0]
     assert (note.state, note.shards, note.shards_done, note.images, note.rejects) == ("committed", 3, 3, 21, 3)
     assert not is_alive(note)
-
-
-def test_set_json_describes_the_set_and_holds_no_secret(shards: Path, tmp_path: Path) -> None:
-    """What made the vectors is written down; where weights and labels came from is not."""
-    torch.save(oracle.module("test_vit", 1).state_dict(), tmp_path / "secret-token.pth")
-    told = run(config(shards, tmp_path / "out", weights=str(tmp_path / "secret-token.pth"))).json
-    text = (tmp_path / "out" / "sets" / told["set"] / "set.json").read_text()
-    described = json.loads(text)
-    assert described["set"] == told["set"] and described["precision"] == "fp32" and described["dim"] == 64
-    for path in (tmp_path / "out").rglob("*"):
-        assert not path.is_file() or b"secret-token" not in path.read_bytes()

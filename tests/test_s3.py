@@ -18,11 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from containers import tar_bytes
+from lease_race import processes, race
 from s3_server import S3Server
 from url_job import REPOSITORY, call, check_etags, embed_by_urls, put, shown
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.fetching import fetch
+from pipeline.lease import Lease, Lost, Taken, holder, latest
 from pipeline.listing import list_shards
 from pipeline.output import Root
 from pipeline.shards import read_samples
@@ -84,6 +86,26 @@ def test_of_eight_threads_one_creates(bucket: str, tmp_path: Path, monkeypatch: 
     assert won[content[0]] and content == content[:1] * size
     assert root.list("sets") == {"sets/a/x.parquet": size}
     assert not root.put_new("sets/a/x.parquet", b"later") and root.read("sets/a/x.parquet") == content
+
+
+def test_of_four_starts_one_holds_the_lease_until_it_has_been_dead_for_a_while(bucket: str) -> None:
+    """Processes, all at once; the winner is killed. Who was overtaken meanwhile is told so."""
+    root = Root(f"{bucket}/out")
+    with processes() as started:
+        winner = race(root.url, started, 4, 5)
+        winner.kill()
+        winner.wait()
+        with pytest.raises(Taken, match=f":{winner.pid} since"), Lease(root, 60):
+            pass
+        of_the_dead = root.read("reports/lease/00000001.json")
+        while holder(root) is not None:
+            time.sleep(0.1)
+        with Lease(root, 60) as lease:
+            lease.check()
+            assert latest(root)[0] == 2
+            root.put_new("reports/lease/00000003.json", of_the_dead)
+            with pytest.raises(Lost, match="taken over"):
+                lease.check()
 
 
 def test_what_another_client_does_is_seen_at_once(bucket: str, server: S3Server) -> None:

@@ -12,7 +12,7 @@ import pytest
 from containers import write_tar
 from pictures import jpeg
 
-from pipeline import versions
+from pipeline import readers, versions
 from pipeline.errors import StorageError, UsageError
 from pipeline.garbage import collect_garbage
 from pipeline.listing import Shard, list_shards
@@ -37,10 +37,10 @@ def test_a_version_is_a_numbered_list_of_whole_files(tmp_path: Path, shards: Pat
     assert (version.samples, version.rows, version.rejects) == (24, 21, oracle.REJECTS)
     assert versions.current(root) == version
     assert list(versions.read_list(root, version)) == files == list(versions.collect(root, FOLDER, listed, NONE))
-    paths = versions.files(str(tmp_path))
+    paths = readers.files(str(tmp_path))
     assert sum(pq.read_metadata(p).num_rows for p in paths) == 21
-    assert sum(pq.read_metadata(p).num_rows for p in versions.files(str(tmp_path), kind="rejects")) == 3
-    dataset = versions.open_dataset(str(tmp_path))
+    assert sum(pq.read_metadata(p).num_rows for p in readers.files(str(tmp_path), kind="rejects")) == 3
+    dataset = readers.open_dataset(str(tmp_path))
     assert dataset.count_rows() == 21 and dataset.schema.field("embedding").type.list_size == 64
 
 
@@ -57,8 +57,8 @@ def test_a_deleted_shard_leaves_the_next_version_and_is_named(tmp_path: Path, sh
     versions.commit(root, SET, files)
     second = versions.commit(root, SET, files[1:])
     assert (second.version, second.removed) == (2, ["a/one"])
-    assert len(versions.files(str(tmp_path))) == 2
-    assert len(versions.files(str(tmp_path), version=1)) == 3
+    assert len(readers.files(str(tmp_path))) == 2
+    assert len(readers.files(str(tmp_path), version=1)) == 3
 
 
 def test_another_set_replaces_nothing_it_is_a_version_of_its_own(tmp_path: Path, shards: Path) -> None:
@@ -69,8 +69,8 @@ def test_another_set_replaces_nothing_it_is_a_version_of_its_own(tmp_path: Path,
     others = [r.files for r in made.embed(unit, shards)]
     second = versions.commit(root, unit.vectors.name, others)
     assert (second.version, second.set, second.removed) == (2, unit.vectors.name, [])
-    assert all(unit.vectors.name in f for f in versions.files(str(tmp_path)))
-    assert all(SET in f for f in versions.files(str(tmp_path), version=1))
+    assert all(unit.vectors.name in f for f in readers.files(str(tmp_path)))
+    assert all(SET in f for f in readers.files(str(tmp_path), version=1))
 
 
 def test_racing_commits_each_get_their_own_number(tmp_path: Path, shards: Path) -> None:
@@ -140,10 +140,10 @@ def test_an_output_that_belongs_to_something_else_is_refused(name: str, tmp_path
 def test_reading_before_the_first_commit_says_so(tmp_path: Path, shards: Path) -> None:
     """Neither a missing output nor an unfinished one is an empty result."""
     with pytest.raises(UsageError, match="holds no output of ours"):
-        versions.files(str(tmp_path / "absent"))
+        readers.files(str(tmp_path / "absent"))
     embedded(tmp_path, shards)
     with pytest.raises(UsageError, match="no committed version yet"):
-        versions.files(str(tmp_path))
+        readers.files(str(tmp_path))
 
 
 def test_an_unknown_version_or_kind_is_refused(tmp_path: Path, shards: Path) -> None:
@@ -151,9 +151,9 @@ def test_an_unknown_version_or_kind_is_refused(tmp_path: Path, shards: Path) -> 
     root, _, files = embedded(tmp_path, shards)
     versions.commit(root, SET, files)
     with pytest.raises(UsageError, match="has no version 7: it has 1"):
-        versions.files(str(tmp_path), version=7)
+        readers.files(str(tmp_path), version=7)
     with pytest.raises(UsageError, match="choose one of embeddings, rejects"):
-        versions.files(str(tmp_path), kind="vectors")
+        readers.files(str(tmp_path), kind="vectors")
 
 
 def test_an_altered_set_is_noticed(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_gc_deletes_what_no_kept_version_names(tmp_path: Path) -> None:
     assert names[0] in deleted and names[1] not in deleted
     assert any("/c-" in name for name in deleted)
     for number in (2, 3):
-        assert versions.open_dataset(str(tmp_path / "out"), version=number).count_rows() == 2
+        assert readers.open_dataset(str(tmp_path / "out"), version=number).count_rows() == 2
     assert collect_garbage(root, 2, set) == []
 
 
@@ -216,7 +216,7 @@ def test_gc_does_not_touch_what_appears_while_it_looks(tmp_path: Path) -> None:
 
     collect_garbage(root, 1, commits_meanwhile)
     assert versions.current(root).version == 4
-    assert versions.open_dataset(str(tmp_path / "out")).count_rows() == 2
+    assert readers.open_dataset(str(tmp_path / "out")).count_rows() == 2
 
 
 def test_a_version_is_plain_json(tmp_path: Path, shards: Path) -> None:
