@@ -89,19 +89,17 @@ def stale_node(nodes: Nodes, config: RunConfig, folder: Path) -> dict[str, Any]:
     clusters._connect(nodes.address)
     fixed = refusal(lambda: embed(replace(config, ray_address=None), lambda line: None))
     ray.shutdown()
-    versions_ = refusal(lambda: embed(config, lambda line: None))
+    unlike = refusal(lambda: embed(config, lambda line: None))
     shutil.rmtree(other)
-    shutil.rmtree(Path(config.output) / "versions")
-    for embeddings in sorted(Path(config.output).glob("sets/*/embeddings/*.parquet"))[:4]:
-        embeddings.unlink()
-    return {"fixed": fixed, "versions": versions_, "shipped": run(config)}
+    return {"fixed": fixed, "versions": unlike}
 
 
 def fractions(nodes: Nodes, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Half a GPU each, of a node that claims one: Ray gives it to two workers and none to a third."""
+    """Half a GPU each, of the stale node, which claims one: Ray gives it to two workers and none to a third."""
     shards = list_shards(list(config.inputs))
     asked = replace(config, gpus_per_actor=0.5, actors=(1, 3), device="cuda")
-    with clusters.used(nodes.address, lambda line: None):
+    said = list[str]()
+    with clusters.used(nodes.address, said.append):
         layout = lay_out(asked, "cuda", clusters.nodes(), len(shards), len(shards))
         left, started, receipts = 1.0, 0, list[Receipt]()
         with Pool(tiny_job(folder / "halves"), shards, layout) as pool:
@@ -111,6 +109,8 @@ def fractions(nodes: Nodes, config: RunConfig, folder: Path) -> dict[str, Any]:
                 started = max(started, news.started)
                 left = min(left, ray.available_resources().get("GPU", 0.0))
     return {
+        "said": said,
+        "errors": [r.error for r in receipts if r.error],
         "layout": [*layout.actors, layout.gpus],
         "samples": sum(r.files.counts.samples for r in receipts if r.files),
         "left": left,
