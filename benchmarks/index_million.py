@@ -170,12 +170,13 @@ def main() -> None:
     built = json.loads(ours.printed.splitlines()[-1])
     say(f"index: {ours.seconds:.0f} s, {ours.resident_mb:,.0f} MB resident, {ours.anonymous_mb:,.0f} MB anonymous")
     say(json.dumps(built))
-    theirs = watched([sys.executable, __file__, "--build-lance", "--folder", str(given.folder)])
-    index_mb = folder_bytes(lance_path / "_indices") / 1e6
-    say(
-        f"lance: {theirs.seconds:.0f} s of which index {float(theirs.printed):.0f} s, {theirs.resident_mb:,.0f} MB "
-        f"resident, {theirs.anonymous_mb:,.0f} MB anonymous, index {index_mb:,.0f} MB"
-    )
+    if not (lance_path / "_indices").exists():  # an earlier run was cut short
+        theirs = watched([sys.executable, __file__, "--build-lance", "--folder", str(given.folder)])
+        index_mb = folder_bytes(lance_path / "_indices") / 1e6
+        say(
+            f"lance: {theirs.seconds:.0f} s of which index {float(theirs.printed):.0f} s, {theirs.resident_mb:,.0f} MB "
+            f"resident, {theirs.anonymous_mb:,.0f} MB anonymous, index {index_mb:,.0f} MB"
+        )
     compare(root, version, lance_path, given.rounds)
 
 
