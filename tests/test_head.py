@@ -77,3 +77,10 @@ def test_a_ray_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with head.starting(), pytest.raises(OSError, match="Ray cannot be started"):
         head.address()
+
+
+def test_a_connected_process_keeps_its_token(ray_session: None) -> None:
+    """Asked for another cluster it goes on as it was: without its token Ray's core would end the process."""
+    before = os.environ["RAY_AUTH_TOKEN"]
+    with head.reaching("127.0.0.1:9"):
+        assert os.environ["RAY_AUTH_TOKEN"] == before
