@@ -22,14 +22,14 @@ from pipeline.build import build_id
 from pipeline.errors import UsageError
 from pipeline.reach import check
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `cluster_job.py` saw."""
     script = [sys.executable, str(Path(__file__).with_name("cluster_job.py")), str(tmp_path_factory.mktemp("c"))]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
