@@ -199,7 +199,8 @@ def compare(root: Root, version: versions.Version, lance_path: Path, rounds: int
     def of_lance(some: np.ndarray, probes: int, refine: int) -> list[np.ndarray]:
         nearest = {"column": "vector", "k": 10, "nprobes": probes, "refine_factor": refine}
         return [
-            dataset.to_table(columns=["number"], nearest=nearest | {"q": query})["number"].to_numpy() for query in some
+            dataset.to_table(columns=["number", "_distance"], nearest=nearest | {"q": query})["number"].to_numpy()
+            for query in some
         ]
 
     points = [(refine, probes) for refine in LANCE_REFINE for probes in LANCE_PROBES]
