@@ -9,7 +9,7 @@ from pipeline.errors import UsageError
 from pipeline.shipment import Shipment
 
 # The parameters of all verbs that name a file or a folder, by a URL or a path.
-PLACES = {"input", "output", "model", "weights", "labels", "image", "vector", "sheet", "html"}
+PLACES = {"input", "output", "model", "weights", "labels", "image", "vector", "sheet", "html", "parquet"}
 NOT_SENT = {"config", "help"}  # a job file is part of the command line by now
 NO_PATHS = ("pretrained", "random:")
 

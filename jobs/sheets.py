@@ -1,5 +1,6 @@
 """Contact sheets of a version's images, whose thumbnails are read from the input's shards."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.output import Root
     from pipeline.versions import Version
 
+SIDE = 480  # pixels of an image's longer side: enough for a tile on a dense screen
 Sheet = Annotated[Path | None, typer.Option(help="Draw it: a PNG; needs --input")]
 Inputs = Annotated[list[str] | None, typer.Option("--input", help="For --sheet: the input, as for embed; repeatable")]
 
@@ -57,11 +59,18 @@ class Source:
 
 def images(root: "Root", version: "Version", source: Source, shown: Sequence[Shown]) -> dict[str, Any]:
     """Id → image, a grey tile where it cannot be had."""
+    from PIL import Image
+
     from jobs.pictures import placeholder
-    from pipeline.thumbnails import thumbnails
+    from pipeline.originals import originals
     from pipeline.versions import read_list
 
     files = read_list(root, version)
     etags = dict(zip(files.column("shard").to_pylist(), files.column("etag").to_pylist(), strict=True))
-    found = thumbnails(source.shards(root), [(one.shard, one.id) for one in shown], etags)
-    return {one.id: found.get(one.id) or placeholder("not in the input\nas it is now") for one in shown}
+    found = originals(source.shards(root), etags, {one.id: one.shard for one in shown}, SIDE).pictures
+    return {
+        one.id: Image.open(io.BytesIO(found[one.id]))
+        if one.id in found
+        else placeholder("not in the input\nas it is now")
+        for one in shown
+    }

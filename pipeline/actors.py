@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import weights
 from pipeline.board import Board, Told
 from pipeline.build import build_id
-from pipeline.cluster import check_build, here, ray
+from pipeline.cluster import check_build, dead_nodes, here, node_id, ray
 from pipeline.embed import Embedder, Feed, Job, Receipt, backbone_of, worker_name
 from pipeline.errors import UsageError
 from pipeline.feed import LocalFeed
@@ -31,6 +31,7 @@ TICK_S = 1.0
 BOARD_SHARDS = 10_000  # that wait on the board at most, some 5 MB
 ENDING_S = 10.0  # for workers that have nothing more to do
 BOARD_TIMEOUT_S = 5.0
+LOOK_EVERY_S = 5.0  # for nodes that have gone
 
 
 class EmbedShards:
@@ -41,7 +42,7 @@ class EmbedShards:
         self._board, self._slot, self._name = board, slot, worker_name()
         self._deaths: dict[str, int] = {}
         self._refused: UsageError | None = None
-        _asked(board.start.remote(slot, self._name), None)  # first: loading the model may be what kills it
+        _asked(board.start.remote(slot, self._name, node_id()), None)  # first: loading the model may be what kills it
         try:
             check_build(build, build_id())
         except UsageError as e:
@@ -119,7 +120,7 @@ class Pool:
         self._open = {shard.name for shard in shards}
         self._least, self._most = layout.actors
         self._board = ray.remote(num_cpus=0, max_restarts=RESTARTS, scheduling_strategy=here())(Board).remote()
-        self._epoch, self._taken_in = "", 0
+        self._epoch, self._taken_in, self._looked = "", 0, 0.0
         worker = ray.remote(
             num_cpus=layout.cpus,
             num_gpus=layout.gpus or None,
@@ -166,6 +167,7 @@ class Pool:
         receipts = [r for r in receipts if r.shard in self._open]
         self._open -= {r.shard for r in receipts}
         self._breathe(told)
+        self._bury()
         if told.waiting < BOARD_SHARDS // 2:
             self._give(BOARD_SHARDS - told.waiting)
         return News(receipts, told.waiting, len(told.slots), told.ready, told.died, told.false_starts, told.said)
@@ -177,6 +179,12 @@ class Pool:
         elif not told.waiting and self._given == len(self._shards):
             for slot in pending[: max(0, len(self._actors) - self._least)]:
                 self._drop(slot)
+
+    def _bury(self) -> None:
+        """Of a node that went Ray tells only who asks, and its workers are started again no sooner than one comes."""
+        if time.monotonic() - self._looked > LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            self._board.lose.remote(dead_nodes())
 
     def _grow(self, count: int) -> None:
         for slot in range(self._slots, self._slots + max(0, count)):

@@ -43,6 +43,7 @@ class Board:
         self._left: set[int] = set()  # slots whose worker had nothing more to do
         self._least, self._is_all_here = 0, False
         self._started: dict[str, int] = {}  # worker → its slot
+        self._nodes: dict[str, str] = {}  # … and its node
         self._said: dict[str, dict[str, Any]] = {}
         self._heard: dict[str, float] = {}
         self._dead: set[str] = set()
@@ -57,6 +58,12 @@ class Board:
             if name not in self._shards:
                 self._shards[name] = shard
                 self._waiting.append(name)
+
+    def lose(self, nodes: set[str]) -> None:
+        """These are no more: whoever was there is dead, though a successor may find room only later."""
+        for who, node in self._nodes.items():
+            if node in nodes and who not in self._dead:
+                self._bury(who)
 
     def let_go(self, least: int) -> None:
         """There are no more shards to come: whoever finds none waiting may leave, but for so many workers."""
@@ -88,9 +95,10 @@ class Board:
 
     # the workers
 
-    def start(self, slot: int, who: str) -> None:
-        self._bury(self._slots.get(slot, who), unless=who)
-        self._slots[slot] = who
+    def start(self, slot: int, who: str, node: str = "") -> None:
+        if self._slots.get(slot, who) != who:
+            self._bury(self._slots[slot])
+        self._slots[slot], self._nodes[who] = who, node
         self._started[who] = slot
         self._left.discard(slot)
 
@@ -146,9 +154,7 @@ class Board:
                 return shard
         return None
 
-    def _bury(self, who: str, unless: str) -> None:
-        if who == unless:
-            return
+    def _bury(self, who: str) -> None:
         self._dead.add(who)
         for shard, workers in self._lent.items():
             if who in workers:

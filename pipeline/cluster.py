@@ -49,9 +49,9 @@ def used(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
     cannot be reached, and for nodes that run other code.
     """
     is_connected = ray.is_initialized()
+    if is_connected and address not in (None, "auto") and _port(address) != _port(_gcs_address()):
+        raise UsageError(f"--ray-address {address}: this process is connected to {_gcs_address()} already")
     if head.is_up() or (address is None and not is_connected):
-        if address is not None:
-            raise UsageError(f"--ray-address {address}: this process has a local Ray already")
         yield
         return
     with ExitStack() as stack:
@@ -162,6 +162,10 @@ def _gcs_address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
+def _port(address: str | None) -> str:
+    return str(address).rpartition(":")[2]
+
+
 def check_build(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Raises `UsageError` where this process, `theirs`, is not the program of the driver."""
     wrong, _ = differences(ours, theirs)
@@ -236,7 +240,7 @@ def nodes() -> list[Node]:
 def _node(node: dict[str, Any]) -> Node:
     has, name = node["Resources"], node["NodeID"]
     lendable = int(has.get("memory", 0))
-    is_here = name == ray.get_runtime_context().get_node_id()
+    is_here = name == node_id()
     return Node(
         id=name,
         name=_name(node),
@@ -247,27 +251,19 @@ def _node(node: dict[str, Any]) -> Node:
     )
 
 
-def possible() -> list[Node]:
-    """A node of each kind that the cluster's autoscaler could bring; none where there is no autoscaler."""
+def can_grow() -> bool:
+    """Whether the cluster has an autoscaler that could bring nodes; of which kinds, none of them tells (Ray 2.60)."""
     if not is_shared():
-        return []
-    try:
-        config = ray._private.state.state.get_cluster_config()  # Ray's own libraries ask it so; there is no other way
-        groups = list(config.node_group_configs) if config else []
-    except (AttributeError, ImportError):
-        return []
-    kinds = [(group.name, dict(group.resources)) for group in groups if group.max_count]
-    return [
-        Node(
-            id="",
-            name=name,
-            cpus=int(has.get("CPU", 0)),
-            gpus=float(has.get("GPU", 0)),
-            memory=int(has.get("memory", 0)) or memory_bytes(),
-            lendable=int(has.get("memory", 0)),
-        )
-        for name, has in kinds
-    ]
+        return False
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized
+
+    if not _internal_kv_initialized():
+        return False
+    if _internal_kv_get(b"__autoscaler_v2_enabled", namespace=b"__autoscaler") == b"1":
+        return True
+    # The first generation also watches clusters that it cannot change: there each node is a kind of its own.
+    report = json.loads(_internal_kv_get(b"__autoscaling_status") or "{}").get("autoscaler_report") or {}
+    return any(not kind.startswith("node_") for kind in report.get("active_nodes") or {})
 
 
 def _name(node: dict[str, Any]) -> str:
@@ -282,6 +278,15 @@ def _is_alive(node_id: str) -> bool:
     return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
 
+def dead_nodes() -> set[str]:
+    return {str(node["NodeID"]) for node in ray.nodes() if not node["Alive"]}
+
+
+def node_id() -> str:
+    """Of this process."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def here() -> Any:
     """On this node, which lives as long as the run."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return NodeAffinitySchedulingStrategy(node_id(), soft=True)

@@ -103,16 +103,17 @@ class Activity:
     shard: str = ""
     under_way: dict[str, tuple[int, int]] = field(default_factory=dict)  # shard → images, rejects so far
     batch_size: int = 0  # of a full forward pass
-    forward_s: float = 0.0  # on CUDA by the device's own clock
+    forward: tuple[float, float | None] = 0.0, None  # seconds of passes that ended; on the CPU since when one is at it
 
     def said(self) -> dict[str, Any]:
+        forward_s, since = self.forward
         return {
             "steps": self.steps,
             "stage": self.stage,
             "shard": self.shard,
             "under_way": dict(self.under_way),
             "batch_size": self.batch_size,
-            "forward_s": self.forward_s,
+            "forward_s": forward_s + (time.perf_counter() - since if since else 0.0),  # on CUDA by its own clock
         }
 
     def add(self, shard: str, images: int = 0, rejects: int = 0) -> None:
@@ -138,7 +139,6 @@ class Work:
     samples: list[Sample] = field(default_factory=list)
     decoded: list[Decoded | Jpeg] = field(default_factory=list)
     batches: int = 0
-    told_s: float = 0.0  # of `forward`, to the activity
     writer: ShardWriter | None = None
     error: str | None = None
 
@@ -268,13 +268,25 @@ class Embedder:
                 kept.append((sample, image))
         if kept:
             self._at("forward", work.shard.name)
-            passed = self._staging([image for _, image in kept], work.timed)
+            with self._computing(work):
+                passed = self._staging([image for _, image in kept], work.timed)
             self.activity.batch_size = self.backbone.batch_size  # an out-of-memory has halved it
             sizes = [(image.width, image.height) for _, image in kept]
             batch = Batch([sample for sample, _ in kept], sizes, passed)
             self._at("write", work.shard.name)
             flow.put(to_write, (work, batch))
             self.activity.add(work.shard.name, images=len(kept))
+
+    @contextlib.contextmanager
+    def _computing(self, work: Work) -> Iterator[None]:
+        """Says so while it lasts, for a pass may take the CPU half a minute; CUDA's own clock is read by the writer."""
+        if self.backbone.device.type == "cuda":
+            yield
+            return
+        before, forward_s = work.seconds["forward"], self.activity.forward[0]
+        self.activity.forward = forward_s, time.perf_counter()
+        yield
+        self.activity.forward = forward_s + work.seconds["forward"] - before, None
 
     def _on_device(self, work: Work, images: list[Decoded | Jpeg]) -> Sequence[Decoded | OnDevice | Reject]:
         if not any(isinstance(image, Jpeg) for image in images):
@@ -338,19 +350,14 @@ class Embedder:
         arrays = event.passed.to_numpy()  # on CUDA this is where the device is waited for
         for part, seconds in event.passed.seconds().items():
             work.seconds[part] += seconds
-        self._count(work)
+            if part == "forward":
+                self.activity.forward = self.activity.forward[0] + seconds, None
+        work.batches += 1
         with work.timed("write"):
             try:
                 work.writer.rows(event.samples, event.sizes, arrays)
             except NotFinite as e:
                 work.error = f"forward: {e}"
-
-    def _count(self, work: Work) -> None:
-        """One batch more; on the CPU the other thread may have timed the next one already."""
-        work.batches += 1
-        forward_s = work.seconds["forward"]
-        self.activity.forward_s += forward_s - work.told_s
-        work.told_s = forward_s
 
 
 def _device_images(vectors: VectorSet, backbone: Backbone) -> DeviceImages | None:

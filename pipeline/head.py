@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is import
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
+NICENESS = "RAY_worker_niceness"  # Ray's is 15: beside anything else that computes its workers would hardly move
 FEEDER_BYTES = 64 * 2**20  # … and, of each feeder, the chunks under way
 
 _head: "subprocess.Popen[str] | None" = None
@@ -44,18 +45,23 @@ def _settle_token() -> None:
 
 @contextmanager
 def reaching(address: str) -> Iterator[None]:
-    """For a running cluster the user's own settings hold: without our token; whether it answers is asked meanwhile."""
-    before = dict(_own)
+    """For a running cluster the user's own settings hold: without our token; whether it answers is asked meanwhile.
+
+    A process that is connected already keeps its token: without it Ray's core ends the process at its next question.
+    """
+    before = {} if _is_connected() else dict(_own)
     for name in before:
         del os.environ[name], _own[name]
-    _look_again()
+    if before:
+        _look_again()
     try:
         with reach.asking(address):
             yield
     finally:
-        _own.update(before)
-        os.environ.update(before)
-        _look_again()
+        if before:
+            _own.update(before)
+            os.environ.update(before)
+            _look_again()
 
 
 def _look_again() -> None:
@@ -64,6 +70,11 @@ def _look_again() -> None:
         raylet: Any = importlib.import_module("ray._raylet")
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _is_connected() -> bool:
+    ray: Any = sys.modules.get("ray")
+    return _head is not None or (ray is not None and ray.is_initialized())
 
 
 def is_up() -> bool:
@@ -86,8 +97,7 @@ _settle_token()
 def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
     """Has Ray start, unless it runs here or starts already; within, `address` is where to connect."""
     global _head, _address
-    ray: Any = sys.modules.get("ray")
-    if not is_wanted or _head is not None or (ray is not None and ray.is_initialized()):
+    if not is_wanted or _is_connected():
         yield
         return
     # In a job of a cluster Ray would look for that job's working directory in this Ray too, where it is not.
@@ -102,7 +112,7 @@ def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,  # a group of its own, which Ctrl-C does not reach and which ends as one
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (home, inherited) if p)},
+        env={NICENESS: "0"} | os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (home, inherited) if p)},
     )
     try:
         yield

@@ -28,7 +28,7 @@ FORMER = 1.0  # times the GPU nodes' own CPUs: with fewer elsewhere, feeders los
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A machine that Ray has, or that its autoscaler could bring."""
+    """A machine that Ray has."""
 
     id: str
     name: str
@@ -51,14 +51,14 @@ class Layout:
 
 
 def lay_out(
-    config: RunConfig, device: str, nodes: Sequence[Node], shards: int, todo: int, more: Sequence[Node] = ()
+    config: RunConfig, device: str, nodes: Sequence[Node], shards: int, todo: int, can_grow: bool = False
 ) -> Layout:
-    """`more`: nodes that the autoscaler could bring, one of each kind; `todo`: shards, of all `shards`.
+    """`can_grow`: an autoscaler brings nodes for workers that find no room; `todo`: shards, of all `shards`.
 
     Sizes go by all shards and not by those to do: a resumed run computes with as many threads as the first, so that
     its vectors have the same bits. Raises `UsageError` for what this cluster can never give.
     """
-    places = [n for n in nodes if _suits(n, device)] or [n for n in more if _suits(n, device)]
+    places = [n for n in nodes if _suits(n, device)]
     if not places:
         raise UsageError(f"no node has a {'GPU' if device == 'cuda' else 'CPU'} that Ray could give")
     if device == "cuda":
@@ -67,16 +67,16 @@ def lay_out(
         gpus, default = 0.0, sum(cpu_workers(n.cpus, n.memory) for n in places)
     least, most = config.actors or (default, default)
     there = sum(n.gpus for n in nodes)
-    if gpus and not more and least > sum(_times(n.gpus, gpus) for n in places):
+    if gpus and not can_grow and least > sum(_times(n.gpus, gpus) for n in places):
         raise UsageError(f"--actors {least} with {gpus:g} GPUs each: there {_are(there)}")
     threads = _threads_each([n.cpus for n in places], most, shards)
     feeders = _feeders(config, device, nodes, places, most)
     least, most = max(1, min(least, todo)), max(1, min(most, todo))
     return Layout(
         actors=(least, most),
-        cpus=_cpus_each(places, device, threads, 0 if more else least, most * feeders),
+        cpus=_cpus_each(places, device, threads, 0 if can_grow else least, most * feeders),
         gpus=gpus,
-        memory=_memory_each(places) if device == "cpu" and len([*nodes, *more]) > 1 else 0,
+        memory=_memory_each(places) if device == "cpu" and (can_grow or len(nodes) > 1) else 0,
         threads=threads,
         feeders=feeders,
     )

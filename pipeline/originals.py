@@ -14,10 +14,10 @@ from pipeline.flow import ordered
 from pipeline.images import FORMATS
 from pipeline.listing import Shard
 from pipeline.shards import Sample, read_samples
-from pipeline.shrinking import Shrinker
+from pipeline.shrinking import SIDE, Shrinker
 
 SHARDS_AT_ONCE = 4
-READ_BYTES = 2 * 2**30  # of images passed on the way, for all thumbnails of a report
+READ_BYTES = 2 * 2**30  # of images passed on the way, for all thumbnails of a page
 
 
 @dataclass
@@ -30,8 +30,10 @@ class Originals:
     unread: int = 0  # the store failed, or all that may be read was read
 
 
-def originals(shards: Sequence[Shard], etags: Mapping[str, str], wanted: Mapping[str, str]) -> Originals:
-    """`etags`: of the version's shards, by name. `wanted`: id → shard.
+def originals(
+    shards: Sequence[Shard], etags: Mapping[str, str], wanted: Mapping[str, str], side: int = SIDE
+) -> Originals:
+    """`etags`: of the version's shards, by name. `wanted`: id → shard. `side`: pixels of the longer one, at most.
 
     Raises `UsageError` where none of the input's shards is among the version's.
     """
@@ -47,7 +49,7 @@ def originals(shards: Sequence[Shard], etags: Mapping[str, str], wanted: Mapping
     usable = [name for name in ids if name in by_name and by_name[name].etag == etags.get(name)]
     found, budget = Originals(wanted=len(wanted)), _Budget(READ_BYTES)
     found.changed = len(wanted) - sum(len(ids[name]) for name in usable)
-    with Shrinker(FORMATS) as shrink:
+    with Shrinker(FORMATS, side) as shrink:
         for pictures, unread in ordered(
             lambda name: _read(by_name[name], ids[name], shrink, budget), usable, SHARDS_AT_ONCE
         ):
@@ -70,7 +72,7 @@ def _read(shard: Shard, ids: set[str], shrink: Shrinker, budget: "_Budget") -> t
             if not left or budget.is_spent:
                 break
     except (StorageError, OSError):
-        pass  # a report goes without those pictures, and tells how many
+        pass  # a page goes without those pictures, and tells how many
     return pictures, len(left)
 
 

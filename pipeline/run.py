@@ -192,7 +192,7 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
 def _threads(config: RunConfig, device: str, shards: Sequence[Shard]) -> int:
     """Of each worker: compiled code goes by them."""
     if cluster.is_shared():
-        return lay_out(config, device, cluster.nodes(), len(shards), len(shards), cluster.possible()).threads
+        return lay_out(config, device, cluster.nodes(), len(shards), len(shards), cluster.can_grow()).threads
     return threads_alone(config, machine.cores(), machine.memory_bytes(), len(shards))
 
 
@@ -211,7 +211,7 @@ def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], Non
     run.module = None  # the actors load their own
     with cluster.local_ray(run.config.feeders or 0):
         nodes = cluster.nodes()
-        layout = lay_out(run.config, run.device, nodes, len(run.shards), len(run.todo), cluster.possible())
+        layout = lay_out(run.config, run.device, nodes, len(run.shards), len(run.todo), cluster.can_grow())
         most, threads = layout.actors[1], layout.threads
         run.means = Means(
             cores=max(1, sum(node.cpus for node in nodes)),

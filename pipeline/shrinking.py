@@ -20,8 +20,8 @@ from typing import BinaryIO, cast
 
 from PIL import Image, ImageFile, ImageOps
 
-SIDE = 128  # pixels, the longer one; 64 on paper, sharp on screens of two pixels a pixel
-QUALITY = 72  # 3 to 5 kB
+SIDE = 128  # pixels, the longer one: 64 on paper, sharp on screens of two pixels a pixel; if nothing else is asked
+QUALITY = 80  # 4 to 6 kB
 PIXELS = 60_000_000  # decoded at most; JPEGs are scaled down while they are
 CPU_S, WALL_S = 20, 60  # of one image
 DEATHS = 2  # over one image: the first may have been the system's doing, where memory is short
@@ -35,17 +35,17 @@ class Shrinker:
     `formats`: Pillow's names of those that may be decoded; some of its others run programs on the bytes.
     """
 
-    def __init__(self, formats: Sequence[str]) -> None:
-        self._formats = ",".join(formats)
+    def __init__(self, formats: Sequence[str], side: int = SIDE) -> None:
+        self._formats, self._side = ",".join(formats), side
         self._one = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, data: bytes) -> bytes | None:
-        """A JPEG of at most `SIDE` pixels a side; None of what does not decode."""
+        """A JPEG of at most `side` pixels a side; None of what does not decode."""
         with self._one:
             for _ in range(DEATHS):
                 try:
-                    self._process = self._process or _start(self._formats)
+                    self._process = self._process or _start(self._formats, self._side)
                     _write(cast(BinaryIO, self._process.stdin), data)
                     return _read(cast(BinaryIO, self._process.stdout)) or None
                 except (OSError, EOFError):
@@ -66,11 +66,11 @@ class Shrinker:
         self._end()
 
 
-def _start(formats: str) -> "subprocess.Popen[bytes]":
+def _start(formats: str, side: int) -> "subprocess.Popen[bytes]":
     home, inherited = str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")
     return subprocess.Popen(
         # -P: else the working directory's own `pipeline` would be imported.
-        [sys.executable, "-P", "-m", "pipeline.shrinking", formats],
+        [sys.executable, "-P", "-m", "pipeline.shrinking", formats, str(side)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # a crash's last words are not for the user
@@ -98,15 +98,15 @@ def _read(stream: BinaryIO) -> bytes:
 # The process
 
 
-def shrink(data: bytes, formats: list[str]) -> bytes:
+def shrink(data: bytes, formats: list[str], side: int = SIDE) -> bytes:
     """The JPEG; empty where nothing can be shown of it."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            image.draft("RGB", (SIDE, SIDE))
+            image.draft("RGB", (side, side))
             if image.width * image.height > PIXELS:
                 return b""
             upright = ImageOps.exif_transpose(image)
-        upright.thumbnail((SIDE, SIDE), reducing_gap=2.0)
+        upright.thumbnail((side, side), reducing_gap=2.0)
         sink = io.BytesIO()
         _rgb(upright).save(sink, "JPEG", quality=QUALITY, optimize=True)
         return sink.getvalue()
@@ -127,7 +127,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def serve(formats: Sequence[str], source: BinaryIO, sink: BinaryIO) -> None:
+def serve(formats: Sequence[str], side: int, source: BinaryIO, sink: BinaryIO) -> None:
     """Answers each image until `source` ends; a signal ends the process with the image that takes too long."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     warnings.simplefilter("ignore")
@@ -146,11 +146,11 @@ def serve(formats: Sequence[str], source: BinaryIO, sink: BinaryIO) -> None:
             return
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         signal.alarm(WALL_S)
-        answer = shrink(data, known)
+        answer = shrink(data, known, side)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         _write(sink, answer)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1].split(","), sys.stdin.buffer, sys.stdout.buffer)
+    serve(sys.argv[1].split(","), int(sys.argv[2]), sys.stdin.buffer, sys.stdout.buffer)

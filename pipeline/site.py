@@ -19,29 +19,36 @@ SAY_S = 5.0  # a wait of so long is told
 
 
 def resolve_device(config: RunConfig) -> str:
-    """cpu or cuda. On a cluster `auto` is cuda where Ray has GPUs to give, or its autoscaler could bring some."""
+    """cpu or cuda. On a cluster `auto` is cuda where Ray has GPUs to give, whatever the driver's machine has."""
     if not cluster.is_shared():
         return backbone.resolve_device(config.device)
-    has_gpus = any(node.gpus for node in (*cluster.nodes(), *cluster.possible()))
-    if config.device == "cuda" and not has_gpus:
+    has_gpus = any(node.gpus for node in cluster.nodes())
+    if config.device == "cuda" and not has_gpus and not cluster.can_grow():
         raise UsageError("--device cuda: no node of the cluster has a GPU, and no autoscaler could bring one")
     return ("cuda" if has_gpus else "cpu") if config.device == "auto" else config.device
 
 
 def resolve_precision(config: RunConfig, device: str, say: Callable[[str], None]) -> str:
-    """`auto` is bf16 where every node that may compute has it. Raises `Stalled` where no GPU comes."""
-    if not cluster.is_shared() or (config.precision != "auto" and device == "cpu"):
+    """`auto` is bf16 where every node that may compute has it; on a cluster there is such a node when this returns.
+
+    Raises `Stalled` where none comes, and `UsageError` where none could.
+    """
+    if not cluster.is_shared():
         return backbone.resolve_precision(config.precision, device)
-    asked = config.precision
+    asked, ids = config.precision, [n.id for n in cluster.nodes() if (n.gpus if device == "cuda" else n.cpus)]
+    if ids and asked != "auto" and device == "cpu":
+        return asked
 
     def ask() -> str:
         backbone.resolve_device(device)  # torch there may know of no GPU, whatever Ray says
         return backbone.resolve_precision(asked, device)
 
-    ids = [node.id for node in cluster.nodes() if (node.gpus if device == "cuda" else node.cpus)]
-    share = {"num_gpus": A_BIT} if device == "cuda" else {}
-    found = set(cluster.on_nodes(ask, ids, **share).values()) if ids else {_anywhere(ask, device, config, say)}
-    return found.pop() if len(found) == 1 else "fp32"
+    if not ids:
+        if not cluster.can_grow():
+            raise UsageError("no node of the cluster has a CPU that Ray could give, and no autoscaler could bring one")
+        return str(_anywhere(ask, device, config, say))
+    found = set(cluster.on_nodes(ask, ids, **({"num_gpus": A_BIT} if device == "cuda" else {})).values())
+    return str(found.pop()) if len(found) == 1 else "fp32"
 
 
 def resolve_engine(

@@ -26,7 +26,7 @@ from pipeline import cluster as clusters  # noqa: E402
 from pipeline import reach, versions, weights  # noqa: E402
 from pipeline.actors import Pool, ray  # noqa: E402
 from pipeline.config import RunConfig  # noqa: E402
-from pipeline.embed import Job  # noqa: E402
+from pipeline.embed import Job, Receipt  # noqa: E402
 from pipeline.errors import UsageError  # noqa: E402
 from pipeline.layout import lay_out  # noqa: E402
 from pipeline.listing import list_shards  # noqa: E402
@@ -82,54 +82,39 @@ def stale_node(nodes: Nodes, config: RunConfig, folder: Path) -> dict[str, Any]:
         shutil.copytree(REPOSITORY / package, folder / "stale" / package, ignore=shutil.ignore_patterns("__pycache__"))
     with (folder / "stale" / "pipeline" / "garbage.py").open("a") as file:
         file.write("# another day\n")
-    stale = nodes.add(num_cpus=1, env={"PYTHONPATH": str(folder / "stale")})
+    other = folder / "stale" / "timm-0.9.1.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.9.1\n")
+    nodes.add(num_cpus=2, num_gpus=1, env={"PYTHONPATH": str(folder / "stale")})
     clusters._connect(nodes.address)
-    refused = refusal(lambda: embed(replace(config, ray_address=None), lambda line: None))
+    fixed = refusal(lambda: embed(replace(config, ray_address=None), lambda line: None))
     ray.shutdown()
-    shutil.rmtree(Path(config.output) / "versions")
-    for file_ in sorted(Path(config.output).glob("sets/*/embeddings/*.parquet"))[:4]:
-        file_.unlink()
-    found = run(config)
-    nodes.remove(stale)
-    return {"fixed": refused, "shipped": found}
-
-
-def other_versions(nodes: Nodes, config: RunConfig, folder: Path) -> str:
-    (folder / "other" / "timm-0.9.1.dist-info").mkdir(parents=True)
-    (folder / "other" / "timm-0.9.1.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: timm\nVersion: 0.9.1\n"
-    )
-    other = nodes.add(num_cpus=1, env={"PYTHONPATH": str(folder / "other")})
-    refused = refusal(lambda: embed(config, lambda line: None))
-    nodes.remove(other)
-    return refused
+    unlike = refusal(lambda: embed(config, lambda line: None))
+    shutil.rmtree(other)
+    return {"fixed": fixed, "versions": unlike}
 
 
 def fractions(nodes: Nodes, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Half a GPU each, of a node that claims one: Ray gives both workers that GPU and none to a third."""
-    node = nodes.add(num_cpus=2, num_gpus=1)
+    """Half a GPU each, of the stale node, which claims one: Ray gives it to two workers and none to a third."""
     shards = list_shards(list(config.inputs))
     asked = replace(config, gpus_per_actor=0.5, actors=(1, 3), device="cuda")
-    with clusters.used(nodes.address, lambda line: None):
-        there = clusters.nodes()
-        layout = lay_out(asked, "cuda", there, len(shards), len(shards))
-        job = tiny_job(folder / "halves")
-        given = set[str]()
-        with Pool(job, shards, layout) as pool:
-            receipts = []
+    said = list[str]()
+    with clusters.used(nodes.address, said.append):
+        layout = lay_out(asked, "cuda", clusters.nodes(), len(shards), len(shards))
+        left, started, receipts = 1.0, 0, list[Receipt]()
+        with Pool(tiny_job(folder / "halves"), shards, layout) as pool:
             while not pool.is_done:
                 news = pool.read()
                 receipts += news.receipts
-                for who in news.said:
-                    environ = Path(f"/proc/{who.split(':')[1]}/environ").read_bytes().split(b"\0")
-                    given |= {e.decode() for e in environ if e.startswith(b"CUDA_VISIBLE_DEVICES=")}
-    nodes.remove(node)
+                started = max(started, news.started)
+                left = min(left, ray.available_resources().get("GPU", 0.0))
     return {
+        "said": said,
+        "errors": [r.error for r in receipts if r.error],
         "layout": [*layout.actors, layout.gpus],
-        "workers": len({r.worker for r in receipts}),
         "samples": sum(r.files.counts.samples for r in receipts if r.files),
-        "given": sorted(given),
-        "started": news.started,
+        "left": left,
+        "started": started,
     }
 
 
@@ -146,7 +131,8 @@ def tiny_job(output: Path) -> Job:
 def main(folder: Path) -> dict[str, Any]:
     for s in range(SHARDS):
         write_tar(folder / "in" / f"s{s:02d}.tar", {f"{i:03d}.jpg": jpeg(60, 50, seed=i % 5) for i in range(IMAGES)})
-    os.environ["SHARD2VEC_CACHE"] = str(folder / "head")
+    os.environ |= {"SHARD2VEC_CACHE": str(folder / "head"), "PYTHONPATH": str(REPOSITORY)}
+    os.chdir(folder)  # Ray's workers also look where the driver is
     with cluster(num_cpus=1) as nodes:
         config = RunConfig(
             inputs=(str(folder / "in"),),
@@ -161,7 +147,6 @@ def main(folder: Path) -> dict[str, Any]:
         )
         found = first_run(nodes, config, folder)
         found |= stale_node(nodes, config, folder)
-        found["versions"] = other_versions(nodes, config, folder)
         found["halves"] = fractions(nodes, config, folder)
         found["tokens"] = tokens(nodes.address)
     root = Root(config.output)

@@ -99,7 +99,8 @@ def autoscaling(most: int, idle_s: float, **kind: float) -> Iterator[tuple[Nodes
         "idle_timeout_minutes": idle_s / 60,
         "upscaling_speed": 10,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",  # by its name the wheel lacks a file for it
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -118,7 +119,11 @@ def autoscaling(most: int, idle_s: float, **kind: float) -> Iterator[tuple[Nodes
             },
         },
         "head_node_type": "ray.head.default",
+        "file_mounts": {},
+        "cluster_synced_files": [],
     }
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    config |= {f"{name}_commands": [] for name in commands}
     env = {
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -132,7 +137,7 @@ def autoscaling(most: int, idle_s: float, **kind: float) -> Iterator[tuple[Nodes
         file.flush()
         try:
             with cluster(num_cpus=1, gcs_server_port=port, autoscaling_config=file.name, env_vars=identity) as nodes:
-                mark = nodes.address.encode()
+                mark = f":{port}".encode()
                 yield nodes, lambda: sum(mark in Path(f"/proc/{p}/cmdline").read_bytes() for p in _raylets()) - 1
         finally:
             os.environ.clear()

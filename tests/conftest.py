@@ -107,6 +107,7 @@ def group(item: pytest.Item) -> str:
     return "ray" if "ray_session" in getattr(item, "fixturenames", ()) else f"{item.path.name} {rank(item)}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, then those with Ray, then the slow ones; GPU tests skip where there is no GPU.
 

@@ -99,6 +99,18 @@ def test_the_dead_are_counted_by_their_slots() -> None:
     assert (told.ready, told.died, told.false_starts, set(told.said)) == (3, 1, 1, {"x2", "z"})
 
 
+def test_what_was_on_a_node_that_went_is_lent_again_at_once() -> None:
+    """Its workers' successors may find no room for long."""
+    board = board_of("a")
+    board.start(0, "x", "node")
+    assert board.take("x") == (b"a", 0)
+    board.start(1, "y", "other")
+    assert board.take("y") is False
+    board.lose({"node", "one that nobody was on"})
+    board.lose({"node"})
+    assert board.take("y") == (b"a", 1)
+
+
 def test_workers_leave_when_nothing_waits_but_for_the_least() -> None:
     """Once no more shards come; one that is still at its last shard is heard, and a dead one's shard has a taker."""
     board = board_of("a", "b")

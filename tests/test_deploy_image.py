@@ -158,7 +158,7 @@ def test_everything_that_is_kept_lies_in_the_volume() -> None:
     places = environment()
     for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "SHARD2VEC_CACHE"):
         assert Path(places[name]).is_relative_to("/cache"), name
-    assert 'environ.get("SHARD2VEC_CACHE"' in (ROOT / "pipeline/weights.py").read_text()
+    assert 'environ.get("SHARD2VEC_CACHE"' in (ROOT / "pipeline/cache.py").read_text()
     assert "mountPath: /cache" in (ROOT / "deploy/kuberay/base/rayjob.yaml").read_text()
 
 

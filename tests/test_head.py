@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,7 +33,15 @@ def until(is_so: object, timeout_s: float = 30) -> None:
         time.sleep(0.02)
 
 
-def test_a_start_that_is_abandoned_costs_no_time_and_leaves_no_process() -> None:
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process is that uses no Ray yet; this one may have the session's."""
+    monkeypatch.setattr(head, "_head", None)
+    monkeypatch.setattr(head, "_address", "")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+
+
+def test_a_start_that_is_abandoned_costs_no_time_and_leaves_no_process(no_ray: None) -> None:
     """As after a usage error, and where nothing is to do."""
     with head.starting():
         assert head._head is not None
@@ -45,7 +54,7 @@ def test_a_start_that_is_abandoned_costs_no_time_and_leaves_no_process() -> None
     until(lambda: not group(leader), 5)
 
 
-def test_nothing_starts_where_nothing_is_wanted() -> None:
+def test_nothing_starts_where_nothing_is_wanted(no_ray: None) -> None:
     """A dry run has no use for Ray."""
     with head.starting(is_wanted=False):
         assert head._head is None
@@ -72,8 +81,15 @@ def test_it_ends_with_the_process_that_wanted_it() -> None:
         until(lambda: not group(leader), 10)
 
 
-def test_a_ray_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_cannot_start_is_told(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one sentence, whatever it was."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with head.starting(), pytest.raises(OSError, match="Ray cannot be started"):
         head.address()
+
+
+def test_a_connected_process_keeps_its_token(ray_session: None) -> None:
+    """Asked for another cluster it goes on as it was: without its token Ray's core would end the process."""
+    before = os.environ["RAY_AUTH_TOKEN"]
+    with head.reaching("127.0.0.1:9"):
+        assert os.environ["RAY_AUTH_TOKEN"] == before

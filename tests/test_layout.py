@@ -25,10 +25,8 @@ def sized(cpus: int, gpus: int, memory_gb: int = 512, todo: int = 1000, **config
     return got.actors, got.gpus, got.threads
 
 
-def on_cpus(
-    *nodes: Node, shards: int = 1000, todo: int = 1000, more: tuple[Node, ...] = (), **config: object
-) -> Layout:
-    return lay_out(asked(**config), "cpu", nodes, shards, todo, more)
+def on_cpus(*nodes: Node, shards: int = 1000, todo: int = 1000, can_grow: bool = False, **config: object) -> Layout:
+    return lay_out(asked(**config), "cpu", nodes, shards, todo, can_grow)
 
 
 def fitting(got: Layout, *cpus: int) -> list[int]:
@@ -113,7 +111,7 @@ def test_a_pool_that_breathes_asks_for_what_it_uses() -> None:
     """So that more workers than fit wait, and their waiting makes the cluster grow; shards bound it."""
     got = on_cpus(node(2), actors=(1, 8))
     assert (got.actors, got.threads, fitting(got, 2)) == ((1, 8), 1, [2])
-    grown = on_cpus(node(0), more=(node(4),), actors=(6, 8), todo=7)
+    grown = on_cpus(node(4), can_grow=True, actors=(6, 8), todo=7)
     assert (grown.actors, fitting(grown, 4)) == ((6, 7), [4])
     with pytest.raises(UsageError, match="no node has a CPU"):
         on_cpus(node(0))

@@ -184,6 +184,22 @@ def test_a_worker_says_how_it_computes(shards: Path, tmp_path: Path) -> None:
         assert receipt.files and receipt.batches == -(-receipt.files.counts.rows // 4)
 
 
+def test_a_long_pass_counts_while_it_lasts(tmp_path: Path, shards: Path) -> None:
+    """On the CPU a batch may take longer than the gauge's window, which would show a device idle and then overfull."""
+    embedder = made.embedder(made.job(tmp_path, batch_size=4))
+    said, staging = list[float](), embedder._staging
+
+    def slow(*batch: Any) -> Any:
+        for _ in range(2):
+            said.append(embedder.activity.said()["forward_s"])
+            time.sleep(0.02)
+        return staging(*batch)
+
+    embedder._staging = slow  # type: ignore[assignment]
+    made.receipts(embedder, list_shards([str(shards)])[:1])
+    assert all(after - before >= 0.02 for before, after in zip(said[::2], said[1::2], strict=True)) and len(said) == 6
+
+
 @pytest.mark.parametrize(
     ("after", "share", "busy"),
     [

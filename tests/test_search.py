@@ -14,7 +14,7 @@ from pictures import jpeg
 from PIL import Image
 from test_jobs import call, embed_args
 
-from pipeline import index, stored_index, versions
+from pipeline import index, readers, stored_index, versions
 from pipeline.errors import UsageError
 from pipeline.output import Root
 from pipeline.search import Searcher, read_vector, search, vector_of
@@ -183,7 +183,7 @@ def test_an_image_file_finds_itself(photos: tuple[Path, Path], tmp_path: Path) -
     assert all(hit["score"] > 0.999999 for hit in by_image[:2])  # type: ignore[operator]
     own, *rest = hits(out, "--id", "one/photo_3", "--top", 2)
     assert own["id"] == "again/again_3" and rest[0]["id"] == by_image[2]["id"]
-    files = versions.files(str(out))
+    files = readers.files(str(out))
     table = pq.read_table(next(f for f in files if "/again-" in f)).to_pylist()
     np.save(tmp_path / "query.npy", np.float32(next(r["embedding"] for r in table if r["key"] == "again_3")))
     by_vector = hits(out, "--vector", tmp_path / "query.npy", "--top", 3)

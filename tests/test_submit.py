@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKEN = "5ec4e7" * 8
 WAIT_S = 240.0
-Run = "subprocess.Popen[str]"
+RUNS: "list[subprocess.Popen[str]]" = []
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,27 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(tmp_path_factory.mktemp("job"), shards=10, images=24)
 
 
+@pytest.fixture(autouse=True)
+def nobody_left() -> Iterator[None]:
+    """What a test that failed has left is ended, and shows what it said."""
+    yield
+    while RUNS:
+        run = RUNS.pop()
+        if run.poll() is None:
+            run.kill()
+            print(*run.communicate())
+
+
 def start(nodes: Nodes, *asked: object, **env: str) -> "subprocess.Popen[str]":
     """The real command, as another machine would give it: with the token in its environment and nothing else."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return subprocess.Popen(
+    run = subprocess.Popen(
         [sys.executable, "-m", "jobs", "submit", "--address", nodes.address, *map(str, asked)],
         env=ours | {"RAY_AUTH_TOKEN": TOKEN} | env, cwd=REPOSITORY, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    RUNS.append(run)
+    return run
 
 
 def call(nodes: Nodes, *asked: object, **env: str) -> tuple[int, str, str]:
@@ -156,6 +169,7 @@ def test_the_jobs_own_exit_code_comes_back(nodes: Nodes, job: Job, tmp_path: Pat
     [failed] = [j for j in jobs.values() if j["verb"] == "describe" and j["exit_code"]]
     assert failed["exit_code"] == 2 and "pit_b_224" in call(nodes, "--logs", failed["id"])[1]
 
-    shown = nodes.get("/api/jobs/").text  # to everybody who may look
-    assert '"GREETING": "good day"' in shown and id in shown
-    assert str(job.input) not in shown and "max-reject-rate" not in shown
+    # To everybody who may look: which verb it is, and what was passed on with --env.
+    told = [{k: j[k] for k in ("entrypoint", "metadata", "runtime_env")} for j in nodes.get("/api/jobs/").json()]
+    assert '"GREETING": "good day"' in json.dumps(told) and "shipment embed" in json.dumps(told)
+    assert str(job.input) not in json.dumps(told) and "max-reject-rate" not in json.dumps(told)
