@@ -258,7 +258,7 @@ def in_memory(memory: np.ndarray, some: np.ndarray, searcher: Searcher) -> list[
     firsts = np.concatenate([[0], np.cumsum(searcher.vectors.counts)])
     for at in range(0, len(some), 64):
         scores = some[at : at + 64] @ memory.T
-        best = np.argpartition(-scores, 10, axis=1)[:, :10]
+        best = np.stack([np.argpartition(row, -10)[-10:] for row in scores])
         files = np.searchsorted(firsts, best, side="right") - 1
         found += list((files << ROW_BITS) + best - firsts[files])
     return found
