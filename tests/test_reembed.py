@@ -174,6 +174,7 @@ def test_a_scheduler_that_ends_it_leaves_no_lease(asked: RunConfig) -> None:
     """SIGTERM is Ctrl-C from the start on, which the command line ends with 130; the next start may work."""
     root = Root(asked.output)
     seen: list[bool] = []
+    handler = signal.getsignal(signal.SIGTERM)
 
     def ends(line: str) -> None:
         seen.append(holder(root) is not None)
@@ -181,7 +182,7 @@ def test_a_scheduler_that_ends_it_leaves_no_lease(asked: RunConfig) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         reembed(asked, Terms(), ends)
-    assert seen == [True] and holder(root) is None and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert seen == [True] and holder(root) is None and signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_what_was_rolled_back_does_not_come_again_by_itself(asked: RunConfig, tmp_path: Path) -> None:
