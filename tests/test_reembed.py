@@ -16,7 +16,8 @@ import made
 import pytest
 from containers import write_tar
 from pictures import jpeg
-from test_jobs import call, wait_for
+from test_jobs import call
+from test_jobs_killed import wait_for
 from test_run import config
 
 from jobs.reembed import _line
