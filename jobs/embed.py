@@ -1,11 +1,12 @@
 """`embed`: the main job. The same command again resumes, and again later embeds only what changed."""
 
 from jobs import exits
-from jobs.embed_flags import EmbedFlags, takes_embed_flags
+from jobs.embed_flags import EmbedFlags
+from jobs.flag_groups import takes_flags
 from pipeline import head
 
 
-@takes_embed_flags
+@takes_flags
 def embed(asked: EmbedFlags) -> None:
     """Classify and embed every image of the input, once, into plain Parquet.
 

@@ -1,14 +1,12 @@
-"""The flags of `embed`, declared once, for each verb that makes a run: `takes_embed_flags` gives them to a command."""
+"""The flags of `embed`, for each verb that makes a run."""
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs import flags
+from jobs.input_flags import InputFlags
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,24 +14,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedFlags:
-    """What was typed, or stood in the job file."""
+class EmbedFlags(InputFlags):
+    """What a run is told."""
 
-    input: Annotated[list[str] | None, typer.Option(help="A tar, Parquet file, folder, glob or @list; repeatable")] = (
-        None
-    )
     output: Annotated[str | None, typer.Option(help="The dataset's root: a folder or any fsspec URL")] = None
     model: Annotated[str | None, typer.Option(help="Any timm name, hf-hub:… or local-dir:…")] = None
-    format: Annotated[str | None, typer.Option(help="webdataset, parquet or folder [from the name]")] = None
-    image_column: Annotated[str | None, typer.Option(help="Parquet: bytes, or {bytes, path} [found]")] = None
-    key_column: Annotated[str | None, typer.Option(help="Parquet: the id of each row [found, else its number]")] = None
-    uri_column: Annotated[str | None, typer.Option(help="Parquet: image URLs to fetch [found]")] = None
-    allow_url: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Parquet: beginning of image URLs to fetch though local, private, of other buckets; repeatable"
-        ),
-    ] = None
     weights: Annotated[str, typer.Option(help="pretrained, random:SEED, or a .safetensors/.pth URL")] = "pretrained"
     outputs: Annotated[
         str | None, typer.Option(help="Beside the embedding: classes,tokens,features,heads [embedding,classes]")
@@ -73,6 +58,9 @@ class EmbedFlags:
         """The cluster's address, by the flag or by Ray's own variable; None: a Ray of this machine alone."""
         return flags.ray_address(self.ray_address)
 
+    def check(self, verb: str) -> None:
+        self.run_config(verb)
+
     def run_config(self, verb: str) -> "RunConfig":
         """Raises `UsageError` naming the flag that is missing or the value that cannot be."""
         for flag, value in (("--input", self.input), ("--output", self.output), ("--model", self.model)):
@@ -80,19 +68,13 @@ class EmbedFlags:
                 raise UsageError(f"{flag} is missing: see `shard2vec {verb} --help`")
         assert self.input and self.output and self.model
         from pipeline.config import Adapt, RunConfig
-        from pipeline.listing import Columns
 
         return RunConfig(
             inputs=tuple(self.input),
             output=self.output,
             model=self.model,
             format=self.format,
-            columns=Columns(
-                image=self.image_column,
-                key=self.key_column,
-                uri=self.uri_column,
-                allow_urls=tuple(self.allow_url or ()),
-            ),
+            columns=self.columns,
             weights=self.weights,
             outputs=flags.words(self.outputs),
             feature_indices=flags.indices(self.feature_indices),
@@ -117,30 +99,3 @@ class EmbedFlags:
             stall_timeout_s=self.stall_timeout,
             dry_run=self.dry_run,
         )
-
-
-def takes_embed_flags(verb: Callable[..., None]) -> Callable[..., None]:
-    """`verb(asked: EmbedFlags, …own)` → the function for typer, which takes each field as a flag, then its own.
-
-    Its `check` takes the same, does nothing, and raises `UsageError` as the verb would: `submit` asks it.
-    """
-    hints = get_type_hints(EmbedFlags, include_extras=True)
-    shared = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
-        for f in fields(EmbedFlags)
-    ]
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(inspect.signature(verb).parameters.values())[1:]]
-
-    @functools.wraps(verb)
-    def command(**given: object) -> None:
-        asked = EmbedFlags(**{p.name: given.pop(p.name) for p in shared})  # type: ignore[arg-type]
-        verb(asked, **given)
-
-    def check(**given: object) -> None:
-        asked = EmbedFlags(**{p.name: given[p.name] for p in shared})  # type: ignore[arg-type]
-        asked.run_config(verb.__name__)
-
-    command.check = check  # type: ignore[attr-defined]
-    command.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
-    return command

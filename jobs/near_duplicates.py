@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs import exits, sheets
+from jobs.flag_groups import takes_flags
+from jobs.input_flags import InputAgain
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,17 +17,13 @@ if TYPE_CHECKING:
 GROUPS_SHOWN, IMAGES_SHOWN = 20, 7  # of a sheet
 
 
+@takes_flags
 def near_duplicates(
     output: Annotated[str, typer.Argument(help="The dataset's root")],
     above: Annotated[float, typer.Option(help="The least cosine of a pair")] = 0.95,
     parquet: Annotated[Path | None, typer.Option(help="Write the groups there: group, id, score …")] = None,
     sheet: sheets.Sheet = None,
-    input: sheets.Inputs = None,
-    format: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    image_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    key_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    uri_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    allow_url: Annotated[list[str] | None, typer.Option(help="As for embed; repeatable")] = None,
+    source: InputAgain = InputAgain(),
     version: Annotated[int | None, typer.Option(help="[the current one]")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
     config: Annotated[str | None, typer.Option(help="A YAML file of these flags; the command line wins")] = None,
@@ -40,8 +38,7 @@ def near_duplicates(
         from pipeline.near_duplicates import near_duplicates as find
 
         started = time.monotonic()
-        source = sheets.Source(input, format, image_column, key_column, uri_column, allow_url)
-        source.check(sheet)
+        sheets.check(sheet, source)
         if parquet is not None and not parquet.absolute().parent.is_dir():
             raise UsageError(f"--parquet {parquet}: there is no folder {parquet.parent}")
         root = versions.existing_output(output)
@@ -95,7 +92,7 @@ def _write(found: "Duplicates", path: Path) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def _draw(root: Any, version: Any, source: sheets.Source, sheet: Path, found: "Duplicates", above: float) -> None:
+def _draw(root: Any, version: Any, source: InputAgain, sheet: Path, found: "Duplicates", above: float) -> None:
     from jobs.pictures import contact_sheet
 
     groups = [group[:IMAGES_SHOWN] for group in found.groups[:GROUPS_SHOWN]]

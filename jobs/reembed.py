@@ -5,7 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from jobs import exits, flags
-from jobs.embed_flags import EmbedFlags, takes_embed_flags
+from jobs.embed_flags import EmbedFlags
+from jobs.flag_groups import takes_flags
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage import redact
 
@@ -15,7 +16,7 @@ THEN = ("shards_removed", "rows")
 LAST = ("deleted", "images", "hours", "seconds", "images_per_s", "lease", "output")
 
 
-@takes_embed_flags
+@takes_flags
 def reembed(
     asked: EmbedFlags,
     min_rows: Annotated[int, typer.Option(help="Fewer: exit 3, no version")] = 1,

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs import exits, sheets
+from jobs.flag_groups import takes_flags
+from jobs.input_flags import InputAgain
 from pipeline.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.search import Answer
 
 
+@takes_flags
 def search(
     output: Annotated[str, typer.Argument(help="The dataset's root")],
     id: Annotated[str | None, typer.Option(help="An id of the version; it is no hit of its own")] = None,
@@ -23,12 +26,7 @@ def search(
         str | None, typer.Option(help="For --image: the set's own weights, as for embed [this node's, or pretrained]")
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Look at every vector, index or not")] = False,
-    input: sheets.Inputs = None,
-    format: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    image_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    key_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    uri_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    allow_url: Annotated[list[str] | None, typer.Option(help="As for embed; repeatable")] = None,
+    source: InputAgain = InputAgain(),
     version: Annotated[int | None, typer.Option(help="[the current one]")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
     config: Annotated[str | None, typer.Option(help="A YAML file of these flags; the command line wins")] = None,
@@ -48,8 +46,7 @@ def search(
             raise UsageError("name one of --id, --image and --vector")
         if weights is not None and image is None:
             raise UsageError(f"--weights {weights}: only --image is embedded")
-        source = sheets.Source(input, format, image_column, key_column, uri_column, allow_url)
-        source.check(sheet)
+        sheets.check(sheet, source)
         root = versions.existing_output(output)
         committed = versions.current(root, version)
         content = b""
@@ -95,9 +92,7 @@ def _show(answer: "Answer") -> None:
         print(f"{hit.score:8.4f}  {hit.id:{width}}  {f'{hit.width}x{hit.height}':>11}{first}")
 
 
-def _draw(
-    root: Any, version: Any, source: sheets.Source, sheet: Any, id: str | None, content: bytes, answer: Any
-) -> None:
+def _draw(root: Any, version: Any, source: InputAgain, sheet: Any, id: str | None, content: bytes, answer: Any) -> None:
     import io
 
     from PIL import Image, ImageOps

@@ -2,22 +2,20 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
+from jobs.input_flags import InputAgain
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.listing import Shard
     from pipeline.output import Root
     from pipeline.versions import Version
 
 SIDE = 480  # pixels of an image's longer side: enough for a tile on a dense screen
 Sheet = Annotated[Path | None, typer.Option(help="Draw it: a PNG; needs --input")]
-Inputs = Annotated[list[str] | None, typer.Option("--input", help="For --sheet: the input, as for embed; repeatable")]
 
 
 class Shown(Protocol):
@@ -29,35 +27,17 @@ class Shown(Protocol):
     def shard(self) -> str: ...
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the images of a sheet lie, as `embed` was told."""
-
-    input: list[str] | None
-    format: str | None
-    image_column: str | None
-    key_column: str | None
-    uri_column: str | None
-    allow_url: list[str] | None
-
-    def check(self, sheet: Path | None) -> None:
-        """Refuses, before any work, what would fail after it."""
-        if sheet is None:
-            return
-        if not self.input:
-            raise UsageError(f"--sheet {sheet}: where the images lie is not kept: name it with --input, as for embed")
-        if not sheet.absolute().parent.is_dir():
-            raise UsageError(f"--sheet {sheet}: there is no folder {sheet.parent}")
-
-    def shards(self, root: "Root") -> "list[Shard]":
-        from pipeline.listing import Columns, list_shards
-
-        allowed = tuple(self.allow_url or ())
-        columns = Columns(image=self.image_column, key=self.key_column, uri=self.uri_column, allow_urls=allowed)
-        return list_shards(self.input or [], format=self.format, columns=columns, exclude=root.url)
+def check(sheet: Path | None, source: InputAgain) -> None:
+    """Refuses, before any work, what would fail after it."""
+    if sheet is None:
+        return
+    if not source.input:
+        raise UsageError(f"--sheet {sheet}: where the images lie is not kept: name it with --input, as for embed")
+    if not sheet.absolute().parent.is_dir():
+        raise UsageError(f"--sheet {sheet}: there is no folder {sheet.parent}")
 
 
-def images(root: "Root", version: "Version", source: Source, shown: Sequence[Shown]) -> dict[str, Any]:
+def images(root: "Root", version: "Version", source: InputAgain, shown: Sequence[Shown]) -> dict[str, Any]:
     """Id → image, a grey tile where it cannot be had."""
     from PIL import Image
 
@@ -67,7 +47,7 @@ def images(root: "Root", version: "Version", source: Source, shown: Sequence[Sho
 
     files = read_list(root, version)
     etags = dict(zip(files.column("shard").to_pylist(), files.column("etag").to_pylist(), strict=True))
-    found = originals(source.shards(root), etags, {one.id: one.shard for one in shown}, SIDE).pictures
+    found = originals(source.shards(root.url) or [], etags, {one.id: one.shard for one in shown}, SIDE).pictures
     return {
         one.id: Image.open(io.BytesIO(found[one.id]))
         if one.id in found

@@ -5,16 +5,14 @@ from typing import Annotated
 import typer
 
 from jobs import exits
+from jobs.flag_groups import takes_flags
+from jobs.input_flags import InputAgain
 
 
+@takes_flags
 def verify(
     output: Annotated[str, typer.Argument(help="The dataset's root")],
-    input: Annotated[list[str] | None, typer.Option(help="The input again, to compare its ids; repeatable")] = None,
-    format: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    image_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    key_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    uri_column: Annotated[str | None, typer.Option(help="As for embed")] = None,
-    allow_url: Annotated[list[str] | None, typer.Option(help="As for embed; repeatable")] = None,
+    source: InputAgain = InputAgain(),
     version: Annotated[int | None, typer.Option(help="[the current one]")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout")] = False,
     config: Annotated[str | None, typer.Option(help="A YAML file of these flags; the command line wins")] = None,
@@ -26,15 +24,11 @@ def verify(
 
     def body() -> int:
         from pipeline import versions
-        from pipeline.listing import Columns, list_shards
         from pipeline.verify import verify as check
 
         root = versions.existing_output(output)
         committed = versions.current(root, version)
-        allowed = tuple(allow_url or ())
-        columns = Columns(image=image_column, key=key_column, uri=uri_column, allow_urls=allowed)
-        shards = list_shards(input, format=format, columns=columns, exclude=root.url) if input else None
-        found = check(root, committed, shards)
+        found = check(root, committed, source.shards(root.url))
         for problem in found.problems:
             exits.say(problem)
         exits.say(

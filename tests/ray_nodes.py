@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -76,6 +77,20 @@ class Nodes:
     def workers(self, number: int, name: str = "ray::EmbedShards") -> list[int]:
         """The processes of a node that Ray calls so."""
         return [p.pid for p in _below(self._nodes[number].pid) if name in _title(p)]
+
+    @contextlib.contextmanager
+    def standing_still(self, name: str) -> Iterator[None]:
+        """Meanwhile the processes of all nodes that Ray calls so do nothing."""
+        pids = [pid for number in range(len(self._nodes)) for pid in self.workers(number, name)]
+        assert pids, f"no process is {name}"
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def _start(self, *flags: str) -> "subprocess.Popen[bytes]":
         # A folder for each, as each machine has one: a node that shares it takes a job's working directory away.

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKEN = "5ec4e7" * 8
 WAIT_S = 240.0
+SHARDS = 8
 RUNS: "list[subprocess.Popen[str]]" = []
 
 
@@ -34,7 +35,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(tmp_path_factory.mktemp("job"), shards=10, images=24)
+    return Job(tmp_path_factory.mktemp("job"), shards=SHARDS, images=12)
 
 
 @pytest.fixture(autouse=True)
@@ -112,17 +113,18 @@ def test_a_stopped_job_resumes_and_outlives_a_node(nodes: Nodes, job: Job) -> No
     both = [start(nodes, *asked(job, "--actors", 2)) for _ in range(2)]
     wait("the first shard", lambda: shards_done(job) or all(run.poll() is not None for run in both))
     assert shards_done(job), [run.communicate() for run in both]
-    [known] = json.loads(call(nodes, "--list", "--json")[1])["jobs"]
-    id = known["id"]
-    assert known["status"] == "RUNNING" and known["attempt"] == 1 and id == f"embed-{known['run']}-1"
-    assert call(nodes, "--stop", id)[0] == 0
+    with nodes.standing_still("ray::EmbedShards"):  # however fast the machine is, it is stopped in the midst
+        [known] = json.loads(call(nodes, "--list", "--json")[1])["jobs"]
+        id = known["id"]
+        assert known["status"] == "RUNNING" and known["attempt"] == 1 and id == f"embed-{known['run']}-1"
+        assert call(nodes, "--stop", id)[0] == 0
     ends = [run.communicate(timeout=WAIT_S) for run in both]
     for run, (out, err) in zip(both, ends, strict=True):
         assert run.returncode == 130 and "embedding " in err and json.loads(out.splitlines()[-1]), err
     assert sorted(f"job {id} is this run, and " in err for _, err in ends) == [False, True]
     assert "interrupted; run the same command to go on" in call(nodes, "--logs", id)[1]
     kept = shards_done(job)
-    assert 0 < kept < 10
+    assert 0 < kept < SHARDS
 
     again = start(nodes, *asked(job, "--actors", 2))
     wait("another shard", lambda: shards_done(job) > kept or again.poll() is not None)
