@@ -137,7 +137,7 @@ def run(asked: argparse.Namespace, scratch: Path, feeders: int, output: Path) ->
         actors=(1, 1),
         feeders=feeders,
     )
-    result = embed(config)
+    result = embed(config, print)
     assert result.exit_code == 0, result.message
 
 

@@ -89,9 +89,15 @@ def is_shared() -> bool:
 
 def _connect(address: str | None, **more: Any) -> None:
     terminated = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **more)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminated)  # Ray puts its own there, which exits with 15
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **more)
+    except SystemExit as e:
+        if e.code == signal.SIGTERM:  # Ray puts a handler of its own there, which exits so
+            raise KeyboardInterrupt from e
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)
 
 
 @contextmanager

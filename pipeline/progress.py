@@ -35,7 +35,7 @@ class State:
 
     set: str
     shards: int
-    state: str = "running"  # running, committed, failed, refused, stalled, interrupted
+    state: str = "running"  # of `STATES`, but `died`
     shards_unchanged: int = 0
     shards_done: int = 0  # by this run
     images: int = 0  # rows by this run, of shards under way too

@@ -18,7 +18,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from pipeline.errors import UsageError
+from pipeline.errors import FAILED, INTERRUPTED, USAGE, UsageError
 from pipeline.retries import redact, said
 from pipeline.shipment import FOLDER
 
@@ -27,8 +27,7 @@ LOST_S = 120.0  # without an answer while a job is followed: a head that starts 
 POLL_S = 1.0
 STOP_WAIT_S = 60  # from SIGTERM to SIGKILL, for the last writes to a slow store; Ray's own 3 s are few
 STOPPED_S = STOP_WAIT_S + 30.0
-# What the entrypoint of a job and Ray's states end with, beside the verb's own exit code.
-LOST, USAGE, INTERRUPTED, NOT_RUN = 1, 2, 130, (126, 127)
+NOT_RUN = (126, 127)  # a shell's exit codes of what it cannot start
 OURS = "shard2vec."  # before the names of a job's metadata
 # Loggers that tell of each upload, and set their own level when they are imported.
 CHATTY = ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk")
@@ -290,7 +289,7 @@ def _ended(details: Any) -> tuple[int | None, str]:
     if details.status.value == "STOPPED":
         return INTERRUPTED, "stopped"
     if code is None:
-        return (0 if details.status.value == "SUCCEEDED" else LOST), message
+        return (0 if details.status.value == "SUCCEEDED" else FAILED), message
     if code in NOT_RUN:
         return USAGE, f"the cluster cannot run `{details.entrypoint}`: name its interpreter with --python"
     return (code if code >= 0 else 128 - code), ""
