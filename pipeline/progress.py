@@ -134,14 +134,17 @@ class Display:
 
     def _text(self) -> str:
         state = self._state
-        eta = "" if state.eta_s is None else f" · {_duration(state.eta_s)} to go"
+        eta = "" if state.eta_s is None else f" · {duration(state.eta_s)} to go"
         return f"{state.images:,} images · {state.images_per_s:,.0f}/s · {state.rejects:,} rejected{eta}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For a person: `4.2 s`, `42 s`, `5 min 03 s`, `26 h 05 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 or not seconds else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 class Note:

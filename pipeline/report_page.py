@@ -23,6 +23,7 @@ from pipeline import report_charts as charts
 from pipeline.distributions import CALIBRATION_BINS, LEAST_LABELLED
 from pipeline.legible import first_synonym, legible
 from pipeline.originals import Originals
+from pipeline.progress import duration
 from pipeline.report_figures import Figures, state_of
 from pipeline.report_verdict import limits, rate, reasons, verdict
 from pipeline.vector_map import NEAR, OF_GROUP, Tile
@@ -66,7 +67,7 @@ def page(figures: Figures, originals: Originals | None) -> str:
         "count": _count,
         "rate": rate,
         "share": _share,
-        "duration": _duration,
+        "duration": duration,
         "size": _size,
         "moment": _moment,
     }
@@ -199,14 +200,6 @@ def _count(number: float) -> str:
 
 def _share(number: float, digits: int = 1) -> str:
     return f"{100 * number:.{digits}f} %"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _size(count: float) -> str:

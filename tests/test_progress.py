@@ -28,6 +28,13 @@ def test_counts_go_up_and_end_exact() -> None:
     assert (state.shards_done, state.images, state.rejects) == (2, 80, 2)
 
 
+def test_durations_are_for_a_person() -> None:
+    """Two figures, in the units that a person would say."""
+    told = {0: "0 s", 0.31: "0.3 s", 9.96: "10 s", 42: "42 s", 59.6: "1 min 00 s", 303: "5 min 03 s"}
+    told |= {3599.6: "1 h 00 min", 94_000: "26 h 06 min", 4_000_000: "1,111 h 06 min"}
+    assert {seconds: progress.duration(seconds) for seconds in told} == told
+
+
 def test_without_a_terminal_there_is_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one at the end: shards, images, images a second, rejects, time to go."""
     clock = [100.0]
