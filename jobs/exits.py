@@ -37,7 +37,7 @@ def run(verb: Callable[[], int], as_json: bool) -> None:
 def ending(error: BaseException) -> tuple[int, str]:
     """The exit code of a verb that ends so, and a sentence."""
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, f"interrupted; {error or AGAIN}"
+        return INTERRUPTED, f"interrupted; {str(error) or AGAIN}"
     return USAGE if isinstance(error, UsageError) else FAILED, str(error)
 
 

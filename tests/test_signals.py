@@ -35,10 +35,12 @@ def send(*numbers: signal.Signals) -> None:
 
 @pytest.fixture(autouse=True)
 def handlers_stay() -> Iterator[None]:
-    """Whatever happens within, what was there is there again."""
+    """Whatever happens within, what was there is there again: Ctrl-C as Python has it, in a background too."""
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in ENDS]
     yield
     assert [signal.getsignal(number) for number in ENDS] == before and not signals._before
+    signal.signal(signal.SIGINT, was)
 
 
 @pytest.mark.parametrize("number", ENDS)
