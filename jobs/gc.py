@@ -28,10 +28,10 @@ def gc(
             raise UsageError(f"--keep {keep}: must be 1 or more, the current version always stays")
         root = versions.existing_output(output)
 
-        writing, waiting = set[str](), set[str]()
+        writing, waiting, notes = set[str](), set[str](), progress.looks(root)
 
         def live_sets() -> set[str]:
-            runs = progress.read_notes(root)
+            runs = next(notes)
             writing.update(run.set for run in runs if progress.is_alive(run))
             waiting.update(() if unfinished else progress.sets_in_use(runs))
             return writing | waiting

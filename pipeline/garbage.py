@@ -18,7 +18,7 @@ def collect_garbage(root: Root, keep: int, live_sets: Callable[[], set[str]]) ->
     that runs are writing now. What such a set holds stays, and so does every list of files: a commit may be about to
     name them. Candidates are listed first, so that what appears meanwhile is none of them; old versions go first, so
     that no reader finds one whose files are gone. What a run or a rollback takes up while others go is looked up anew
-    before each slice.
+    before each slice; sets that were in one answer stay spared.
     """
     candidates = {*root.list("versions"), *root.list("sets"), *root.list(FOLDER)}
     live = live_sets()

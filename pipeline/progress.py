@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -26,6 +26,7 @@ NOTE_EVERY_S = 10.0
 ALIVE_S = 120.0  # a run whose note is older than this is taken for dead
 UNFINISHED_S = 7 * 86400.0  # days of a GPU's work may lie in a set that waits for somebody to come back on Monday
 NOTES_AT_ONCE = 32
+NEWEST = 100  # notes; of a schedule by the hour a year makes nine thousand
 STATES = ("running", "committed", "failed", "refused", "stalled", "interrupted", "died")  # as `outcome` gives them
 
 
@@ -189,6 +190,13 @@ def read_notes(root: Root, newest: int = 0) -> list[State]:
         return None
 
     return [note for note in ordered(read, names[-newest:], NOTES_AT_ONCE) if note]
+
+
+def looks(root: Root) -> Iterator[list[State]]:
+    """The notes of all runs, and each further time the newest: who asks again and again waits for no old ones."""
+    yield read_notes(root)
+    while True:
+        yield read_notes(root, newest=NEWEST)
 
 
 def sets_in_use(notes: Iterable[State]) -> set[str]:

@@ -26,7 +26,7 @@ from pipeline.garbage import collect_garbage
 from pipeline.lease import TIMEOUT_S, Lease, Lost, Taken, holder
 from pipeline.lists import FileList
 from pipeline.output import Root
-from pipeline.progress import read_notes, sets_in_use
+from pipeline.progress import looks, sets_in_use
 from pipeline.result import ENDS, Result, idle, plan_line, stalled
 from pipeline.rollback import held
 from pipeline.run import Refused, Run, embed, plan
@@ -183,7 +183,8 @@ def _clean_up(root: Root, keep: int | None, lease: Lease, is_new: bool, say: Cal
     try:
         with signals.heard():
             lease.check()
-            return {"deleted": len(collect_garbage(root, keep, lambda: sets_in_use(read_notes(root))))}
+            notes = looks(root)
+            return {"deleted": len(collect_garbage(root, keep, lambda: sets_in_use(next(notes))))}
     except (Lost, StorageError, OSError, UsageError, KeyboardInterrupt) as e:  # UsageError: another gc was here
         say(f"the result is committed, and cleaning up failed: {str(e) or 'interrupted'}")
         return {"deleted": None}

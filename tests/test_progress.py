@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import progress
 from pipeline.output import Root
-from pipeline.progress import Display, Note, State, is_alive, read_notes
+from pipeline.progress import Display, Note, State, is_alive, looks, read_notes
 
 
 def test_counts_go_up_and_end_exact() -> None:
@@ -72,3 +72,15 @@ def test_a_run_that_fell_silent_is_dead_and_a_damaged_note_tells_nothing(tmp_pat
     (tmp_path / "reports" / "run-broken.json").write_text("{")
     (note,) = read_notes(Root(str(tmp_path)))
     assert note.state == "running" and not is_alive(note)
+
+
+def test_who_looks_again_reads_the_newest_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them once; then those that may have come meanwhile."""
+    monkeypatch.setattr(progress, "NEWEST", 2)
+    root = Root(str(tmp_path))
+    for number in range(3):
+        Note(root, State(set=f"x@{number}", shards=1, started=1e9 + number)).close("committed")
+    seen = looks(root)
+    assert [note.set for note in next(seen)] == ["x@0", "x@1", "x@2"]
+    Note(root, State(set="x@3", shards=1, started=1e9 + 3)).close("committed")
+    assert [note.set for note in next(seen)] == [note.set for note in next(seen)] == ["x@2", "x@3"]
