@@ -3,6 +3,7 @@
 The cluster's answers are written down here: when a node goes between two questions no real one can be told.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,9 +89,11 @@ def test_work_waits_for_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     known = told(monkeypatch, [HEAD], [HEAD], there)
     assert site.nodes_for(config(), "cuda", lambda line: None) == there and known.brought == ["cuda", "cuda"]
     known = told(monkeypatch, [HEAD])
-    with pytest.raises(Stalled, match="no node with a GPU is left"):
-        site.nodes_for(config(stall_timeout_s=0.01), "cuda", lambda line: None)
-    assert known.brought
+    clock = itertools.count(0.0, 400.0)
+    with monkeypatch.context() as patch, pytest.raises(Stalled, match="no node with a GPU is left"):
+        patch.setattr("pipeline.site.time.monotonic", lambda: next(clock))
+        site.nodes_for(config(stall_timeout_s=600.0), "cuda", lambda line: None)
+    assert known.brought == ["cuda"], "each goes as soon as it has come"
     known = told(monkeypatch, [HEAD], can_grow=False)
     with pytest.raises(Stalled, match="no node with a GPU is left"):
         site.nodes_for(config(), "cuda", lambda line: None)
