@@ -47,7 +47,14 @@ def _settle_token() -> None:
 
 @contextmanager
 def reaching(address: str) -> Iterator[None]:
-    """For a running cluster the user's own settings hold: without our token; whether it answers is asked meanwhile.
+    """For a running cluster the user's own settings hold; whether it answers is asked meanwhile."""
+    with as_settled(), reach.asking(address):
+        yield
+
+
+@contextmanager
+def as_settled() -> Iterator[None]:
+    """Within, the user's own settings of authentication hold: there is no token of ours.
 
     A process that is connected already keeps its token: without it Ray's core ends the process at its next question.
     """
@@ -57,8 +64,7 @@ def reaching(address: str) -> Iterator[None]:
     if before:
         _look_again()
     try:
-        with reach.asking(address):
-            yield
+        yield
     finally:
         if before:
             _own.update(before)

@@ -157,10 +157,11 @@ def plan(config: RunConfig, say: Callable[[str], None]) -> Run:
     vectors, labels = vector_set(config, module, site.resolve_precision(config, device, say))
     todo = _todo(root, vectors, shards)
     engine, fallback = config.engine, ""
-    if todo:
+    if todo and engine != "eager":
         if engine == "compile":
             say(f"compiling {config.model}: about a minute, the first time")
-        engine, fallback = site.resolve_engine(config, module, vectors, device, _threads(config, device, shards), say)
+        threads = _threads(config, device, shards, say)
+        engine, fallback = site.resolve_engine(config, module, vectors, device, threads, say)
     if fallback:
         say(fallback)
         vectors = replace(vectors, engine=engine)
@@ -183,10 +184,11 @@ def plan(config: RunConfig, say: Callable[[str], None]) -> Run:
     )
 
 
-def _threads(config: RunConfig, device: str, shards: Sequence[Shard]) -> int:
+def _threads(config: RunConfig, device: str, shards: Sequence[Shard], say: Callable[[str], None]) -> int:
     """Of each worker: compiled code goes by them."""
     if cluster.is_shared():
-        return lay_out(config, device, cluster.nodes(), len(shards), len(shards), cluster.can_grow()).threads
+        nodes = site.nodes_for(config, device, say)
+        return lay_out(config, device, nodes, len(shards), len(shards), cluster.can_grow()).threads
     return threads_alone(config, machine.cores(), machine.memory_bytes(), len(shards))
 
 
@@ -204,7 +206,7 @@ def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], Non
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
     with cluster.local_ray(run.config.feeders or 0):
-        nodes = cluster.nodes()
+        nodes = site.nodes_for(run.config, run.device, say)
         layout = lay_out(run.config, run.device, nodes, len(run.shards), len(run.todo), cluster.can_grow())
         most, threads = layout.actors[1], layout.threads
         run.means = Means(
@@ -229,9 +231,11 @@ def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], Non
         )
         content = site.share(staged) if cluster.is_shared() else None
         if layout.feeders and run.config.feeders is None:
-            say(f"feeders: {layout.feeders * most}, for nodes without a GPU have most of the CPUs; --feeders 0: none")
+            say(f"{layout.feeders} feeders a worker: most CPUs are on nodes without a GPU; --feeders 0: none")
         with meters.at(run.means.gpus), Display(state) as display, actors.Pool(job, run.todo, layout, content) as pool:
             for receipt in watch(pool, layout.actors, state, display, run.config.stall_timeout_s, say, meters.see):
+                if pool.cores > run.means.cores:  # an autoscaler has brought some
+                    run.means = replace(run.means, cores=pool.cores)
                 run.sums.add(receipt)
                 run.ledger.add(receipt)
                 meters.add(receipt)

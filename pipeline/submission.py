@@ -35,7 +35,7 @@ NAMED = {"cpu": "entrypoint_num_cpus", "gpu": "entrypoint_num_gpus", "memory": "
 
 
 @dataclass(frozen=True)
-class Job:
+class SubmittedJob:
     """One attempt of a run, as the cluster knows it."""
 
     id: str
@@ -58,7 +58,7 @@ class _Unknown(UsageError):
     """The cluster has no such job."""
 
 
-class Cluster:
+class JobServer:
     """The job server at a URL, or at what Ray's own commands take for one, as `auto`.
 
     Every call raises `UsageError` where the token is missing or refused and `OSError` where no answer comes in time;
@@ -78,13 +78,13 @@ class Cluster:
         except (OSError, RuntimeError, ValueError, RayError) as e:
             raise UsageError(f"no Ray job server answers at {self.address}: {said(e)}") from e
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[SubmittedJob]:
         """All of ours, oldest first."""
         with self._allowed():
             found = [_job(details) for details in self._client.list_jobs()]
         return sorted((job for job in found if job), key=lambda job: (job.started or 0.0, job.attempt))
 
-    def job(self, id: str) -> Job:
+    def job(self, id: str) -> SubmittedJob:
         """Raises `UsageError` where the cluster knows no such job of ours."""
         found = None
         try:
@@ -144,7 +144,7 @@ class Cluster:
         except RuntimeError as e:
             raise OSError(f"{self.address} cannot give the log of job {id}: {said(e)}") from e
 
-    def stop(self, id: str) -> Job:
+    def stop(self, id: str) -> SubmittedJob:
         """Ends the job as a scheduler would, with SIGTERM, and waits for it. Raises `OSError` where it does not end."""
         job = self.job(id)
         if not job.is_over:
@@ -158,7 +158,7 @@ class Cluster:
             raise OSError(f"job {id} is {job.status} still, {STOPPED_S:.0f} s after it was asked to end{when}")
         return job
 
-    def follow(self, id: str, say: Callable[[str], None], start_timeout_s: float) -> Job:
+    def follow(self, id: str, say: Callable[[str], None], start_timeout_s: float) -> SubmittedJob:
         """Gives `say` each line of the log as it comes, until the job is over.
 
         Raises `OSError` where it does not start in time, and is stopped then, or where the cluster does not answer for
@@ -166,7 +166,7 @@ class Cluster:
         """
         return asyncio.run(self._follow(id, _Lines(say), start_timeout_s))
 
-    async def _follow(self, id: str, lines: "_Lines", start_timeout_s: float) -> Job:
+    async def _follow(self, id: str, lines: "_Lines", start_timeout_s: float) -> SubmittedJob:
         begun = heard = time.monotonic()
         tail: asyncio.Task[None] | None = None
         while True:
@@ -260,13 +260,13 @@ class _Lines:
             self._say(self._line)
 
 
-def _job(details: Any) -> Job | None:
+def _job(details: Any) -> SubmittedJob | None:
     """None for a job that is not of ours."""
     metadata = details.metadata or {}
     if not details.submission_id or f"{OURS}attempt" not in metadata:
         return None
     code, message = _ended(details)
-    return Job(
+    return SubmittedJob(
         id=details.submission_id,
         verb=metadata[f"{OURS}verb"],
         run=metadata[f"{OURS}run"],
