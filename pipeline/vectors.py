@@ -62,6 +62,10 @@ class Vectors:
         """Shard and input etag: what the file is known by in every version."""
         return str(self._shards[file].as_py()), str(self._etags[file].as_py())
 
+    def bytes_of(self, file: int) -> int:
+        """Of the file, as the version lists it."""
+        return int(self._bytes[file])
+
     # all of them
 
     def blocks(self, file: int) -> Iterator[Block]:
