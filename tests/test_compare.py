@@ -170,7 +170,7 @@ def test_wrong_names_and_damage_are_told(tmp_path: Path) -> None:
 def test_compare_from_the_command_line(tmp_path: Path) -> None:
     """A table for a person with the classes' names, the same as JSON, 2 for what is not there."""
     root = Root(str(tmp_path))
-    names = tuple(f"fruit {i}" for i in range(9)) + ("\x1b[2J",)
+    names = (*(f"fruit {i}" for i in range(9)), "\x1b[2J")
     vectors = RNG.normal(size=(12, DIM)).astype(np.float32)
     version(root, vectors_of(DIM), {"s": rows(vectors, [1] * 11 + [9])}, labels=names)
     other = vectors_of(DIM, weights_sha256="1" * 64)

@@ -19,10 +19,10 @@ def test_a_file_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), written_whole(path, "--sheet") as part:
         part.write_bytes(b"half")
         raise ZeroDivisionError
-    with pytest.raises(UsageError, match=r"--sheet .*x\.png cannot be written: No space left"):
-        with written_whole(path, "--sheet") as part:
-            part.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+    no_space = pytest.raises(UsageError, match=r"--sheet .*x\.png cannot be written: No space left")
+    with no_space, written_whole(path, "--sheet") as part:
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
     assert path.read_bytes() == b"two" and list(tmp_path.iterdir()) == [path]
 
 
