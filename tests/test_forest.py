@@ -9,7 +9,7 @@ def test_groups_are_those_of_a_plain_loop() -> None:
     """The largest first, those of one size by their least score, then by their first place; members in order."""
     rng = np.random.default_rng(1)
     forest, groups = Forest(200), [{n} for n in range(200)]
-    for _ in range(50):
+    for _ in range(40):
         some = rng.choice(200, 2 + int(rng.integers(2)), replace=False)
         forest.join(some)
         touched = [group for group in groups if group & set(some.tolist())]

@@ -86,7 +86,7 @@ def test_as_many_hits_come_as_are_asked_for(tmp_path: Path) -> None:
     """Few lists hold ten hits, and not a hundred: more are looked into, so that recall holds too, and it is told."""
     root, every = Root(str(tmp_path)), rows(2000, 4)
     version = planted.commit(root, {"a": every})
-    stored = index.build(root, version, kind="ivf", least=0.5, say=lambda line: None).index
+    stored = index.build(root, version, kind="ivf", least=0.3, say=lambda line: None).index
     unit = every / np.linalg.norm(every, axis=1, keepdims=True)
     searcher, shares = Searcher(root, version), []
     assert stored.probes < stored.lists / 10
@@ -159,7 +159,8 @@ def test_ids_cannot_write_to_the_terminal(tmp_path: Path) -> None:
         code, printed, told = call(*args)
         assert code == 0, told
         assert "\x1b" not in printed and "s/\\x1b[2J\\n  1.0000  mine" in printed
-        assert f"s/{hostile}" in str(json.loads(call(*args, "--json")[1])).encode().decode("unicode_escape")
+        found = json.loads(call(*args, "--json")[1])
+        assert f"s/{hostile}" in {hit["id"] for hit in found.get("hits") or found["groups"][0]}
 
 
 def test_a_version_without_an_index_is_searched_exactly(tmp_path: Path) -> None:
