@@ -1,9 +1,10 @@
 """Builds the nearest-neighbour index of a version: train once → one part a file → merge → measure → publish.
 
 Similarity is the cosine. A training and the parts made with it are used again by later versions of the set, so that a
-version costs the files that it changed; a file that it does not list is not merged. The same command after a crash goes
-on with what is there. Recall is measured on the version's own vectors each time; where an older training falls below
-what was asked, the version gets a training of its own, and where that does not reach it, nothing is published.
+version costs the files that it changed; a file that it does not list is not merged. The same command goes on with what
+is there, and makes again what is gone or damaged. Recall is measured on the version's own vectors each time; where an
+older training falls below what was asked, the version gets a training of its own, and where that does not reach it,
+nothing is published.
 """
 
 import hashlib
@@ -29,9 +30,9 @@ from pipeline.versions import OLD_SCRATCH_S, Version
 FLAT_BYTES = 128 * 2**20  # of float32: a search through all of it takes some 20 ms
 LISTS_PER_ROOT = 2  # lists for each square root of the vectors, as a power of two
 LEAST_PER_LIST = 32  # vectors
-SAMPLE_PER_LIST = 64  # vectors to train with
-LEAST_SAMPLE_PER_LIST = 39  # what faiss wants, where there are as many
-SAMPLE_BYTES = 512 * 2**20  # of a sample, at most: it bounds the lists of very large versions
+SAMPLE_PER_LIST = 64  # vectors to train with; faiss itself wants 39 or more
+SAMPLE_BYTES = 512 * 2**20  # … and fewer where there are very many lists
+LEAST_SAMPLE_PER_LIST = 8  # below it there are fewer lists than the vectors want: each is a mean of these
 SAMPLED_FILES = 512  # that are read for a sample; of small files as many as it needs
 QUERIES = 500  # of ten neighbours each: recall to half a percent
 GROWTH = 2  # an older training will do while it has at least half as many lists as the vectors want, at most twice
