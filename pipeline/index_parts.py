@@ -45,16 +45,16 @@ class Parts:
         self.missing = [file for file, name in enumerate(self.names) if name not in self._sizes]
         self.damaged = list[int]()  # made again, once `make` has looked
         self._pieces = np.zeros(vectors.files, np.int64)  # row groups of each
+        self._list_sizes = np.zeros(index.nlist, np.int64)  # vectors in each list, of all parts
         code = pa.binary(index.code_size)
         self._schema = pa.schema({"list": pa.int32(), "row": pa.int32(), "code": code})
         self._training = trained_sha256
 
     def make(self) -> int:
-        """Makes the missing and the damaged ones; returns the bytes of all."""
+        """Makes the missing and the damaged ones; returns the bytes of all. To be called once."""
         for _ in ordered(self._make, self.missing, MADE_AT_ONCE):
             pass
         self._sizes = self._root.list(self._folder)
-        self._list_sizes = np.zeros(self._index.nlist, np.int64)
         for counts in ordered(self._checked, range(self._vectors.files), READ_AT_ONCE):
             self._list_sizes += counts
         if self.damaged:
