@@ -109,13 +109,19 @@ def index_names(
 
 
 def store(root: Root, index: StoredIndex) -> None:
-    """Puts the index's JSON, in the place of a damaged one of its name too. Another content has another name."""
+    """Puts the index's JSON, in the place of a damaged one of its name too. Another content has another name.
+
+    Indexes of a training or of lists that it found otherwise, and that are not there any more, go.
+    """
     of_content = sorted(index.sha256.values())
     name = f"{_beginning(index.version)}{digest(index.training, index.probes, index.candidates, *of_content)}.json"
     content = json.dumps(asdict(index), indent=1).encode()
     if not root.put_new(name, content) and isinstance(_read(root, name), Exception):
         root.delete(name)
         root.put_new(name, content)
+    for other, known in read_all(root).items():
+        if any(known.sha256.get(object_name, sha256) != sha256 for object_name, sha256 in index.sha256.items()):
+            root.delete(other)
 
 
 def _beginning(version: int) -> str:
@@ -232,7 +238,8 @@ def sha256_of(path: Path) -> str:
 def sha256_there(root: Root, name: str) -> str | None:
     """Of an object as the store has it, all of which is read; None where it is gone."""
     try:
-        with root.open(name) as file:
+        with root.open(name) as opened:
+            file: Any = opened  # which has `readinto` too, local or not
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
