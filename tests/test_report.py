@@ -287,8 +287,10 @@ def test_it_follows_the_scheme_with_its_charts(page: Any) -> None:
     seen = {}
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        page.wait_for_timeout(50)
-        page.wait_for_function("Promise.resolve(true)")
+        page.wait_for_function(
+            """() => getComputedStyle(document.querySelector('[data-chart="classes"] .yaxislayer-above text')).fill
+            === getComputedStyle(document.body).color"""
+        )
         seen[scheme] = page.evaluate(
             """() => [getComputedStyle(document.body).backgroundColor,
             getComputedStyle(document.querySelector('[data-chart="classes"] .yaxislayer-above text')).fill,
