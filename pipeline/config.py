@@ -12,7 +12,7 @@ from pipeline.images import Preprocessing
 from pipeline.listing import FORMATS, Columns
 from pipeline.storage import redact
 
-SCHEMA_VERSION = 2  # raise it with any change of the output's columns or of how a vector is made
+SCHEMA_VERSION = 3  # raise it with any change of the output's columns or of how a vector is made
 OUTPUTS = ("embedding", "classes", "tokens", "features", "heads")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 VECTOR_TYPES = ("float32", "float16")

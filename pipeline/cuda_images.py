@@ -143,7 +143,7 @@ class DeviceImages:
         except RuntimeError as e:
             raise RuntimeError(f"--decode cuda: this torchvision decodes no JPEG on {device}: {e}") from e
 
-    def __call__(self, images: Sequence["Decoded | Jpeg"]) -> list["Decoded | OnDevice | Reject"]:
+    def __call__(self, images: Sequence["Decoded | Jpeg | OnDevice"]) -> list["Decoded | OnDevice | Reject"]:
         """In their order; what is decoded already stays as it is."""
         found: dict[int, OnDevice] = {}
         for chunk in _chunks([(n, image) for n, image in enumerate(images) if isinstance(image, Jpeg)]):
@@ -180,7 +180,7 @@ class DeviceImages:
                 raise
             return ()
 
-    def _by_cpu(self, image: "Decoded | Jpeg") -> "Decoded | Reject":
+    def _by_cpu(self, image: "Decoded | Jpeg | OnDevice") -> "Decoded | OnDevice | Reject":
         if not isinstance(image, Jpeg):
             return image
         try:

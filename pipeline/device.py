@@ -137,7 +137,7 @@ class Staging:
                 host, there = self._cuda.pinned(shape, torch.uint8), self._cuda.empty(shape, torch.uint8)
                 self._ring.append(_Slot(host, there))
 
-    def decoded(self, images: "Sequence[Decoded | Jpeg]") -> "Sequence[Decoded | OnDevice | Reject]":
+    def decoded(self, images: "Sequence[Decoded | Jpeg | OnDevice]") -> "Sequence[Decoded | OnDevice | Reject]":
         """What is encoded still is decoded on the device, in the stream that fills the ring."""
         assert self._images is not None
         with self._cuda.on(self._cuda.incoming):

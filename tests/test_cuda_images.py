@@ -279,6 +279,45 @@ def test_the_pipeline_gives_the_files_of_exact(tmp_path: Path, monkeypatch: pyte
     assert rejects == [name for name in order if name in ("cut", "text", "unreadable")]
 
 
+def test_large_images_are_decoded_before_their_batch_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many encoded bytes at most wait for a batch; what leaves as a reject makes room, and the rows are the same."""
+    given = {f"{i:02d}": jpeg(300, 200, seed=i) for i in range(12)} | {"05": jpeg(300, 200, seed=99)}
+    write_tar(tmp_path / "in" / "x.tar", {f"{name}.jpg": data for name, data in given.items()})
+    asked: list[int] = []
+
+    def fails(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        asked.append(sum(map(len, data)))
+        if any(bytes(d.numpy()) == given["05"] for d in data):
+            raise RuntimeError("Failed to decode batch: 2")
+        return decode_jpegs(data, device)
+
+    def cpu(data: bytes) -> Decoded:
+        raise Reject("corrupt", "decode", "JPEG: nothing in it")
+
+    def staging(backbone: Backbone, _: None) -> Staging:
+        return Staging(backbone, DeviceImages(backbone.preprocessing, CPU, cpu, fails), cuda=CpuAsCuda())
+
+    monkeypatch.setattr(embed, "ENCODED_BYTES", 2 * max(map(len, given.values())))
+    monkeypatch.setattr(embed, "_device_images", lambda *_: None)
+    monkeypatch.setattr(embed, "Staging", staging)
+    want = [Decoder(made.vector_set().preprocessing)(data).pixels for data in given.values()]
+    job, sizes, seen = made.job(tmp_path / "out", decode="cuda", batch_size=8), [], []
+    embedder = made.embedder(job)
+    passing = embedder._staging.__class__.__call__
+
+    def passed(self: Staging, images: list[OnDevice], *rest: object) -> object:
+        sizes.append(len(images))
+        seen.extend(image.pixels.numpy() for image in images)
+        return passing(self, images, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Staging, "__call__", passed)
+    (receipt,) = made.receipts(embedder, list_shards([str(tmp_path / "in")]))
+    assert receipt.error is None and receipt.files.counts.rejects == {"corrupt": 1}
+    assert sizes == [8, 3] and max(asked) <= embed.ENCODED_BYTES + max(map(len, given.values()))
+    del want[5]
+    assert all(np.array_equal(a, b) for a, b in zip(seen, want, strict=True))
+
+
 def test_decoding_on_a_device_needs_one(tmp_path: Path) -> None:
     """--decode cuda on the CPU, or with feeders, ends before any work."""
     write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})

@@ -2,19 +2,24 @@
 
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
+from typing import Any
 
 import made
+import numpy as np
 import oracle
 import pyarrow.parquet as pq
 import pytest
 from containers import write_tar
 from pictures import jpeg
+from ray._private.internal_api import free
 
+from pipeline import feeders
 from pipeline.actors import ray
 from pipeline.embed import Embedder, Receipt
-from pipeline.feed import MAX_DEATHS, Fed
-from pipeline.feeders import RemoteFeed
+from pipeline.feed import MAX_DEATHS, Fed, LocalFeed
+from pipeline.feeders import CHUNK_IMAGES, GONE, Chunk, RemoteFeed, Turn, _chunk, _Source, _unpacked
 from pipeline.flow import Flow
+from pipeline.images import Decoded
 from pipeline.listing import Shard, list_shards
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -64,6 +69,65 @@ def test_a_feeder_that_dies_has_a_successor(tmp_path: Path) -> None:
     assert [r.error for r in receipts] == [None, None]
     want = made.embed(made.job(tmp_path / "b"), listed)
     assert tables(receipts, tmp_path / "a") == tables(want, tmp_path / "b")
+
+
+def test_a_chunk_that_is_lost_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a node that dies: what it had made is gone from Ray's store, and the shard goes on where it was."""
+    write_tar(tmp_path / "in" / "a.tar", {f"{i:03d}.jpg": jpeg(48, 40, seed=i % 9) for i in range(100)})
+    listed, get, lost = list_shards([str(tmp_path / "in")]), ray.get, list[str]()
+
+    def get_or_lose(reference: Any) -> Any:
+        found = get(reference)
+        if isinstance(found, Chunk) and found.samples[0].row == CHUNK_IMAGES and not lost:
+            free([reference])
+            with pytest.raises(ray.exceptions.ObjectLostError) as why:
+                get(reference)
+            lost.append(type(why.value).__name__)
+            raise why.value
+        return found
+
+    monkeypatch.setattr(feeders.ray, "get", get_or_lose)
+    receipts = embed_remotely(tmp_path / "a", listed, RemoteFeed(made.vector_set(), 1, deaths=lambda shard: 0))
+    assert lost == ["ObjectFreedError"] and [r.error for r in receipts] == [None]
+    want = made.embed(made.job(tmp_path / "b"), listed)
+    assert tables(receipts, tmp_path / "a") == tables(want, tmp_path / "b")
+
+
+@pytest.mark.parametrize("error", [ray.exceptions.OutOfMemoryError(""), ray.exceptions.NodeDiedError("")])
+def test_other_ways_to_lose_a_feeder_are_known(error: Exception) -> None:
+    """Ray's monitor ends one that takes too much memory; neither error is one of an actor that died."""
+    assert isinstance(error, GONE) and not isinstance(error, ray.exceptions.RayActorError)
+
+
+def test_pixels_outlive_their_chunk(shards: Path) -> None:
+    """Each image has memory of its own: one that waits for its batch keeps no chunk in Ray's store."""
+    listed = list_shards([str(shards)])[:1]
+    fed = list(LocalFeed(made.vector_set(), 1, 4)(listed, Flow(), lambda stage, shard: None))
+    chunk = _chunk(fed)
+    chunk.pixels.flags.writeable = False  # as Ray gives them
+    again = list(_unpacked(listed[0], chunk))
+    pixels = [one.what.result.pixels for one in again if one.sample and isinstance(one.what.result, Decoded)]
+    assert len(pixels) == len(chunk.pixels) > 1 and all(p.flags.owndata for p in pixels)
+    for before, after in zip(fed, again, strict=True):
+        assert before[:2] == after[:2]
+        if before.sample and isinstance(before.what.result, Decoded):
+            assert np.array_equal(before.what.result.pixels, after.what.result.pixels)
+            assert before.what.result[1:] == after.what.result[1:]
+
+
+def test_a_shard_under_way_is_not_taken_again(shards: Path) -> None:
+    """A board that was started again lends a worker what it has already: its rows would come twice."""
+    a, b, c = list_shards([str(shards)])
+    source = _Source([a, a, b, None, a, c], deaths=lambda shard: 0)
+    assert [turn and turn.shard for turn in (source.take() for _ in range(4))] == [a, None, b, None]
+    source.again(Turn(a, seen=3, deaths=1))  # its feeder died: that is the same shard, and goes on
+    assert source.take() == Turn(a, seen=3, deaths=1)
+    source.end(a)
+    assert source.take() == Turn(a)  # another run may have to do it
+    assert source.take() == Turn(c) and source.take() is None and not source.is_finished
+    for shard in (a, b, c):
+        source.end(shard)
+    assert source.is_finished
 
 
 def test_a_shard_that_kills_its_feeders_fails_and_says_so(shards: Path, tmp_path: Path) -> None:
