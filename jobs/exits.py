@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import NoRoom, StorageError, UsageError
 
 FAILED, USAGE, REFUSED, INTERRUPTED = 1, 2, 3, 130
 AGAIN = "interrupted; run the same command to go on"
@@ -31,7 +31,7 @@ def run(verb: Callable[[], int], as_json: bool) -> None:
         code = verb()
     except BrokenPipeError:
         code = FAILED  # the reader of our output has left, as `| head` does
-    except (UsageError, StorageError, OSError, KeyboardInterrupt) as e:
+    except (UsageError, StorageError, NoRoom, OSError, KeyboardInterrupt) as e:
         code, message = ending(e)
         code = _failed(code, message, as_json)
     raise typer.Exit(code)

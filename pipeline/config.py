@@ -212,10 +212,10 @@ class VectorSet:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of files that each shard becomes, the embeddings last: they commit it."""
-        return ("rejects", *dict.fromkeys(f.kind for f in self.tensors), "embeddings")
+        return ("rejects", *dict.fromkeys(column.kind for column in self.tensors), "embeddings")
 
     def columns_of(self, kind: str) -> tuple[TensorColumn, ...]:
-        return tuple(f for f in self.tensors if f.kind == kind)
+        return tuple(column for column in self.tensors if column.kind == kind)
 
     @property
     def folder(self) -> str:

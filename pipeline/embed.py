@@ -201,7 +201,7 @@ class Embedder:
             writer.join()
 
     def _writes_waiting(self) -> int:
-        row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in self.job.vectors.tensors)
+        row_bytes = sum(column.size * np.dtype(column.dtype).itemsize for column in self.job.vectors.tensors)
         return max(1, min(WRITES_WAITING, WAITING_BYTES // max(1, row_bytes * self.backbone.batch_size)))
 
     def _at(self, stage: str, shard: str) -> None:

@@ -31,11 +31,12 @@ from pipeline.cuda_images import (
     HeaderDecoder,
     Jpeg,
     OnDevice,
+    check_decoder,
     decode_jpegs,
     turned,
 )
 from pipeline.device import Staging
-from pipeline.errors import Reject, UsageError
+from pipeline.errors import NoRoom, Reject, UsageError
 from pipeline.images import Decoded, Decoder, Preprocessing
 from pipeline.listing import list_shards
 from pipeline.resizing import Turn
@@ -216,14 +217,33 @@ def test_memory_that_runs_out_on_the_device_leaves_the_images_to_the_cpu(monkeyp
     assert all(np.array_equal(one.pixels, fast(data).pixels) for one, data in zip(found, given, strict=True))
 
 
-def test_a_torchvision_without_nvjpeg_is_said_at_the_start() -> None:
+LACKS = (
+    RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support\nat image.cpp"),
+    ImportError("libnvjpeg.so.13: cannot open shared object file"),
+    AttributeError("'_OpNamespace' 'image' object has no attribute 'decode_jpegs_cuda'"),
+)
+
+
+@pytest.mark.parametrize("error", LACKS)
+def test_a_torchvision_without_nvjpeg_is_said_at_the_start(error: Exception) -> None:
     """Not image by image, and never silently on the CPU."""
 
     def lacks(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
+        raise error
 
-    with pytest.raises(RuntimeError, match=r"--decode cuda: this torchvision decodes no JPEG on cpu: .*nvJPEG"):
-        DeviceImages(MODEL, CPU, Decoder(MODEL), lacks)
+    for check in (lambda: DeviceImages(MODEL, CPU, Decoder(MODEL), lacks), lambda: check_decoder(CPU, lacks)):
+        with pytest.raises(UsageError, match=r"--decode cuda: this torchvision decodes no JPEG on cpu \(.*\): choose"):
+            check()
+
+
+def test_a_full_device_is_no_lack_of_a_decoder() -> None:
+    """It is told as what it is."""
+
+    def full(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(NoRoom, match="has no room for the decoder of JPEGs"):
+        check_decoder(torch.device("cuda", 0), full)
 
 
 # through the pipeline
