@@ -257,7 +257,7 @@ class Backbone:
             return
         except torch.OutOfMemoryError as e:
             if self.batch_size == 1:
-                raise no_room(self.device, f"{self._engine} of one image", e) from e
+                raise no_room(self.device, f"one image with --engine {self._engine}", e) from e
         self._halve()  # here, where nothing holds what the attempt had taken
         self._start_engine()
 

@@ -158,7 +158,10 @@ def sha256(state: dict[str, Any]) -> str:
 
 
 def stage(module: torch.nn.Module, digest: str) -> Path:
-    """Leaves the module's weights, whose SHA-256 is `digest`, in this node's cache; returns the safetensors file."""
+    """Leaves the module's weights, whose SHA-256 is `digest`, in this node's cache; returns the safetensors file.
+
+    Raises `StorageError` or `OSError` where the disk does not take it; nothing of it stays there.
+    """
     state = module.state_dict()
     folder = cache_folder() / "weights"
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +170,10 @@ def stage(module: torch.nn.Module, digest: str) -> Path:
         final.touch()
     else:
         with _partial(final) as partial:
-            safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, partial)
+            try:
+                safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, partial)
+            except safetensors.SafetensorError as e:  # a full disk, too
+                raise StorageError(f"weights cannot be kept in {folder}: {line(e)}") from e
     clear_old(folder)
     return final
 

@@ -6,22 +6,16 @@ device's own arithmetic is tested anywhere; that is for the tests marked `gpu`, 
 
 import contextlib
 from dataclasses import replace
-from pathlib import Path
 
-import made
 import numpy as np
 import oracle
-import pyarrow.parquet as pq
 import pytest
 import torch
-from containers import write_tar
 from pictures import broken, jpeg, oriented, photo, png, sound
 from PIL import Image
-from test_device import LazyCuda
 
-from pipeline import cuda_images, embed
+from pipeline import cuda_images
 from pipeline.backbone import Backbone
-from pipeline.config import RunConfig
 from pipeline.cuda_images import (
     LEAST_COSINE,
     MEAN_LEVELS,
@@ -37,8 +31,7 @@ from pipeline.cuda_images import (
 )
 from pipeline.device import Staging
 from pipeline.errors import NoRoom, Reject, UsageError
-from pipeline.images import Decoded, Decoder, Preprocessing
-from pipeline.listing import list_shards
+from pipeline.images import Decoder, Preprocessing
 from pipeline.resizing import Turn
 
 CPU = torch.device("cpu")
@@ -244,112 +237,6 @@ def test_a_full_device_is_no_lack_of_a_decoder() -> None:
 
     with pytest.raises(NoRoom, match="has no room for the decoder of JPEGs"):
         check_decoder(torch.device("cuda", 0), full)
-
-
-# through the pipeline
-
-
-class CpuAsCuda(LazyCuda):
-    """Streams that work at once, as the backbone here does."""
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source)
-
-
-def test_the_pipeline_gives_the_files_of_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU as the device: its rows have the bits of `exact`, the others' those of `fast`, all in order.
-
-    What the device gives up and the CPU then refuses is a reject, in its place among those that were found sooner.
-    """
-    given = jpegs()
-    given["unreadable"] = jpeg(150, 100, seed=99)
-    others = {"png": png(120, 90), "cut": given["photo_0"][:900], "text": b"no image\n"}
-    given |= others
-    order = [*given][::3] + [*given][1::3] + [*given][2::3]
-    write_tar(tmp_path / "in" / "x.tar", {f"{name}.jpg": given[name] for name in order})
-
-    def fails(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        if any(bytes(d.numpy()) == given["unreadable"] for d in data):
-            raise RuntimeError("Failed to decode batch: 2")
-        return decode_jpegs(data, device)
-
-    def cpu(data: bytes) -> Decoded:
-        assert data == given["unreadable"]
-        raise Reject("corrupt", "decode", "JPEG: nothing in it")
-
-    def staging(backbone: Backbone, _: None) -> Staging:
-        return Staging(backbone, DeviceImages(backbone.preprocessing, CPU, cpu, fails), cuda=CpuAsCuda())
-
-    rows, rejects = {}, []
-    for how in ("exact", "fast", "cuda"):
-        job = made.job(tmp_path / how, decode=how)
-        if how == "cuda":
-            monkeypatch.setattr(embed, "_device_images", lambda *_: None)
-            monkeypatch.setattr(embed, "Staging", staging)
-        (receipt,) = made.receipts(made.embedder(job, pad=True), list_shards([str(tmp_path / "in")]))
-        assert receipt.error is None and receipt.files.counts.samples == len(given)
-        read = {
-            k: pq.read_table(tmp_path / how / receipt.files.names[k]).to_pylist() for k in ("embeddings", "rejects")
-        }
-        rows[how] = {row["key"]: row for row in read["embeddings"]}
-        rejects = [row["key"] for row in read["rejects"]]
-    assert [*rows["cuda"]] == [name for name in order if name not in ("cut", "text", "unreadable")]
-    for name, row in rows["cuda"].items():
-        assert row == rows["fast" if name in others else "exact"][name], name
-    assert rejects == [name for name in order if name in ("cut", "text", "unreadable")]
-
-
-def test_large_images_are_decoded_before_their_batch_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many encoded bytes at most wait for a batch; what leaves as a reject makes room, and the rows are the same."""
-    given = {f"{i:02d}": jpeg(300, 200, seed=i) for i in range(12)} | {"05": jpeg(300, 200, seed=99)}
-    write_tar(tmp_path / "in" / "x.tar", {f"{name}.jpg": data for name, data in given.items()})
-    asked: list[int] = []
-
-    def fails(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        asked.append(sum(map(len, data)))
-        if any(bytes(d.numpy()) == given["05"] for d in data):
-            raise RuntimeError("Failed to decode batch: 2")
-        return decode_jpegs(data, device)
-
-    def cpu(data: bytes) -> Decoded:
-        raise Reject("corrupt", "decode", "JPEG: nothing in it")
-
-    def staging(backbone: Backbone, _: None) -> Staging:
-        return Staging(backbone, DeviceImages(backbone.preprocessing, CPU, cpu, fails), cuda=CpuAsCuda())
-
-    monkeypatch.setattr(embed, "ENCODED_BYTES", 2 * max(map(len, given.values())))
-    monkeypatch.setattr(embed, "_device_images", lambda *_: None)
-    monkeypatch.setattr(embed, "Staging", staging)
-    want = [Decoder(made.vector_set().preprocessing)(data).pixels for data in given.values()]
-    job, sizes, seen = made.job(tmp_path / "out", decode="cuda", batch_size=8), [], []
-    embedder = made.embedder(job)
-    passing = embedder._staging.__class__.__call__
-
-    def passed(self: Staging, images: list[OnDevice], *rest: object) -> object:
-        sizes.append(len(images))
-        seen.extend(image.pixels.numpy() for image in images)
-        return passing(self, images, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Staging, "__call__", passed)
-    (receipt,) = made.receipts(embedder, list_shards([str(tmp_path / "in")]))
-    assert receipt.error is None and receipt.files.counts.rejects == {"corrupt": 1}
-    assert sizes == [8, 3] and max(asked) <= embed.ENCODED_BYTES + max(map(len, given.values()))
-    del want[5]
-    assert all(np.array_equal(a, b) for a, b in zip(seen, want, strict=True))
-
-
-def test_decoding_on_a_device_needs_one(tmp_path: Path) -> None:
-    """--decode cuda on the CPU, or with feeders, ends before any work."""
-    write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})
-    pytest.importorskip("ray")
-    from pipeline import run
-
-    config = RunConfig(
-        inputs=(str(tmp_path / "in"),), output=str(tmp_path / "out"), model=made.MODEL, weights="random:0",
-        decode="cuda", device="cpu",
-    )  # fmt: skip
-    with pytest.raises(UsageError, match="--decode cuda: the device is the CPU"):
-        run.plan(config)
 
 
 # on a device

@@ -7,6 +7,7 @@ somebody waits for it, and not before. What is reused too early, or read too ear
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,6 +279,18 @@ def test_a_device_without_room_says_so() -> None:
     said = pytest.raises(NoRoom, match=r" has no room for the model.*Tried to allocate")
     with said, out_of_memory_explained(torch.device("cuda", 0), "the model"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+
+def test_float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was set before, by which of torch's names: no product or convolution is of TF32, and none warns."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    for before in (lambda: setattr(matmul, "allow_tf32", True), lambda: setattr(matmul, "fp32_precision", "tf32")):
+        before()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            device.keep_float32()
+        assert matmul.fp32_precision != "tf32" and cudnn.conv.fp32_precision != "tf32"
+        assert not matmul.allow_tf32 and not cudnn.allow_tf32  # reading these refuses a mixture
 
 
 def test_pinned_memory_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
