@@ -199,7 +199,7 @@ def _worker(config: RunConfig, device: str, shards: Sequence[Shard], todo: Seque
         return threads_alone(config, machine.cores(), machine.memory_bytes(), len(shards)), 1.0
     nodes = cluster.nodes() if cluster.is_shared() else [site.here()]
     layout = lay_out(config, device, nodes, len(shards), len(todo), cluster.can_grow())
-    return _torch_threads(device, layout), _gpu_share(layout)
+    return _torch_threads(device, layout), _gpu_share(device, layout)
 
 
 def _torch_threads(device: str, layout: Layout) -> int:
@@ -207,8 +207,8 @@ def _torch_threads(device: str, layout: Layout) -> int:
     return 1 if device == "cuda" else layout.threads
 
 
-def _gpu_share(layout: Layout) -> float:
-    return min(1.0, layout.gpus or 1 / layout.actors[1])
+def _gpu_share(device: str, layout: Layout) -> float:
+    return min(1.0, layout.gpus or 1 / layout.actors[1]) if device == "cuda" else 1.0
 
 
 def _todo(root: Root, vectors: VectorSet, shards: Sequence[Shard]) -> list[Shard]:
@@ -244,7 +244,7 @@ def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], Non
             batch_size=run.config.batch_size,
             decode_threads=threads,
             torch_threads=_torch_threads(run.device, layout),
-            gpu_share=_gpu_share(layout),
+            gpu_share=_gpu_share(run.device, layout),
             feeders=layout.feeders,
         )
         content = site.share(staged) if cluster.is_shared() else None

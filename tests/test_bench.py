@@ -16,7 +16,7 @@ from test_jobs import call
 from pipeline import bench, machine, measure
 from pipeline.backbone import Backbone
 from pipeline.ceiling import Forward
-from pipeline.errors import UsageError
+from pipeline.errors import NoRoom, UsageError
 from pipeline.images import Decoder
 
 
@@ -107,6 +107,18 @@ def test_a_machine_without_the_devices_decoder_is_measured_without_it(
     else:
         assert [d.decode for d in found] == ["exact", "fast", "scaled"]
         assert one.notes == ["cuda was left out: --decode cuda: this torchvision decodes no JPEG on cuda"]
+
+
+def test_a_full_device_is_a_sentence(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 1, for others may leave it; with --json as an object too."""
+
+    def full(*_: object) -> None:
+        raise NoRoom("NVIDIA H100 has no room for the model, 0.1 of its 80.0 GB are free: CUDA out of memory.")
+
+    monkeypatch.setattr(bench.Bench, "__init__", full)
+    code, out, err = call("bench", "--input", shards, "--model", "test_vit", "--json")
+    assert code == 1 and "Traceback" not in err and err.endswith("are free: CUDA out of memory.\n")
+    assert json.loads(out)["exit_code"] == 1
 
 
 @pytest.mark.gpu

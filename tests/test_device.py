@@ -399,7 +399,7 @@ def test_cuda_keeps_to_its_share(cache: Path) -> None:
     device_ = torch.device("cuda", torch.cuda.current_device())
     _, total = torch.cuda.mem_get_info()
     try:
-        room = device.limit_memory(device_, 1 / 3)
+        room = device.limit_memory(device_, 1 / 3).bytes
         assert total / 6 <= room < total / 3
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(int(0.4 * total), dtype=torch.uint8, device="cuda")
