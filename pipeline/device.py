@@ -238,7 +238,7 @@ def name_of(device: torch.device) -> str:
 def _free(device: torch.device) -> str:
     try:
         free, total = torch.cuda.mem_get_info(device)
-    except (RuntimeError, AssertionError):  # the device is lost, and says nothing more
+    except (RuntimeError, AssertionError, ValueError):  # the device is lost and says nothing more, or it is the CPU
         return "and does not tell how much is free"
     return f"{free / 2**30:.1f} of its {total / 2**30:.1f} GB are free"
 

@@ -218,7 +218,7 @@ def test_a_full_device_makes_a_run_eager_for_once(
     with monkeypatch.context() as patch:
         patch.setattr(engines, "_prove", full)
         engine, why = resolve_engine("compile", Breaks(), **settings)
-        assert engine == "eager" and why.endswith(str(error).split("\n")[0]) and "\n" not in why
+        assert engine == "eager" and str(error).split("\n")[0] in why and "\n" not in why
     monkeypatch.setattr(engines, "_prove", lambda *_: None)
     assert resolve_engine("compile", Breaks(), **settings) == ("compile", "")
 
