@@ -34,7 +34,7 @@ from pipeline.output import Root  # noqa: E402
 from pipeline.run import embed  # noqa: E402
 from pipeline.verify import verify  # noqa: E402
 
-SHARDS, IMAGES = 12, 12
+SHARDS, IMAGES = 10, 8
 
 
 def refusal(call: Callable[[], object]) -> str:

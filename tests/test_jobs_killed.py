@@ -44,9 +44,12 @@ def wait_for(found, timeout_s: float = 120) -> None:
         time.sleep(0.02)
 
 
+SHARDS, IMAGES = 5, 18
+
+
 def many_shards(folder: Path) -> Path:
-    for shard in range(6):
-        members = {f"{i:03d}.jpg": jpeg(90, 70, seed=shard * 50 + i) for i in range(24)}
+    for shard in range(SHARDS):
+        members = {f"{i:03d}.jpg": jpeg(90, 70, seed=shard * 50 + i) for i in range(IMAGES)}
         write_tar(folder / f"s{shard}.tar", members | {"broken.jpg": b"\xff\xd8\xff no"})
     return folder
 
@@ -80,7 +83,7 @@ def test_a_killed_run_resumes_to_the_very_result_of_an_undisturbed_one(tmp_path:
     out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
     told = json.loads(out.splitlines()[-1])
-    assert told["shards_unchanged"] >= 2 and told["shards_unchanged"] + told["shards_embedded"] == 6
+    assert told["shards_unchanged"] >= 2 and told["shards_unchanged"] + told["shards_embedded"] == SHARDS
     undisturbed = made.job(tmp_path / "whole", model="pit_ti_224", batch_size=2, decode="fast")
     files = [r.files for r in made.embed(undisturbed, shards)]
     versions.commit(Root(str(tmp_path / "whole")), undisturbed.vectors.name, files)
@@ -91,7 +94,7 @@ def test_a_killed_run_resumes_to_the_very_result_of_an_undisturbed_one(tmp_path:
     ]
     own = ["topk_label"]  # the command's classes have names
     assert tables[0].drop_columns(own).equals(tables[2].drop_columns(own)) and tables[1].equals(tables[3])
-    assert len(tables[0]) == 144 and len(tables[1]) == 6
+    assert len(tables[0]) == SHARDS * IMAGES and len(tables[1]) == SHARDS
     assert call("verify", output, "--input", shards)[0] == 0
 
 
@@ -123,7 +126,7 @@ def test_a_killed_worker_and_images_that_kill_theirs_cost_time_and_no_row(tmp_pa
     Three of them lie in two shards, before and after sound ones. Stdout is still the result alone.
     """
     shards, output = many_shards(tmp_path / "in"), tmp_path / "out"
-    images = {f"{i:03d}.jpg": jpeg(90, 70, seed=i) for i in range(24)}
+    images = {f"{i:03d}.jpg": jpeg(90, 70, seed=i) for i in range(IMAGES)}
     write_tar(shards / "s6.tar", {"a.jpg": poison("segfault"), **images, "z.jpg": poison("out of memory")})
     write_tar(shards / "s7.tar", images | {"010.jpg": poison("exit")})
     run = start(*slow_args(shards, output), "--actors", 1, env=environment(tmp_path / "poison"))
@@ -133,8 +136,8 @@ def test_a_killed_worker_and_images_that_kill_theirs_cost_time_and_no_row(tmp_pa
     assert run.returncode == 0, err
     assert "died and had a successor" in err and "Traceback" not in err
     told = json.loads(out)
-    assert len(out.splitlines()) == 1 and told["rows"] == 144 + 24 + 23
-    assert told["rejects"] == {"corrupt": 2, "too_large": 1, "truncated": 6}
+    assert len(out.splitlines()) == 1 and told["rows"] == (SHARDS + 2) * IMAGES - 1
+    assert told["rejects"] == {"corrupt": 2, "too_large": 1, "truncated": SHARDS}
     rejects = readers.open_dataset(str(output), kind="rejects").to_table().to_pylist()
     found = {r["id"]: r["message"] for r in rejects if not r["id"].endswith("/broken")}
     assert found == {
