@@ -95,6 +95,8 @@ class Results:
             try:
                 said, errors = process.communicate(timeout=min(at_most, left))
                 found = json.loads(said.splitlines()[-1]) if said.strip() else {"error": errors[-600:]}
+            except ValueError:  # it died while it printed, or something beneath it prints too
+                found = {"error": f"its last line is no JSON: {said.splitlines()[-1][:200]} {errors[-400:]}"}
             except subprocess.TimeoutExpired:
                 found = {"error": f"took more than {min(at_most, left):.0f} s"}
             finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from pipeline.errors import AGAIN, FAILED, INTERRUPTED, USAGE, StorageError, UsageError
+from pipeline.errors import AGAIN, FAILED, INTERRUPTED, USAGE, NoRoom, StorageError, UsageError
 
 
 def say(text: str) -> None:
@@ -28,7 +28,7 @@ def run(verb: Callable[[], int], as_json: bool) -> None:
         code = verb()
     except BrokenPipeError:
         code = FAILED  # the reader of our output has left, as `| head` does
-    except (UsageError, StorageError, OSError, KeyboardInterrupt) as e:
+    except (UsageError, StorageError, NoRoom, OSError, KeyboardInterrupt) as e:
         code, message = ending(e)
         code = _failed(code, message, as_json)
     raise typer.Exit(code)

@@ -17,7 +17,15 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
 from pipeline import engines, tuning
 from pipeline.config import Adapt, TensorColumn
-from pipeline.device import is_out_of_memory, limit_memory, out_of_memory_explained, why_no_cuda
+from pipeline.device import (
+    Room,
+    is_out_of_memory,
+    keep_float32,
+    limit_memory,
+    no_room,
+    out_of_memory_explained,
+    why_no_cuda,
+)
 from pipeline.errors import StorageError, UsageError
 from pipeline.features import Body, Taps, tensor_columns
 from pipeline.images import Preprocessing
@@ -171,9 +179,9 @@ class Backbone:
     """One model on one device. Calls from several threads wait for each other: what hooks see belongs to one pass.
 
     `batch_size` None: found by timing on CUDA, 32 on the CPU (fewer of images above 384x384). A CUDA out-of-memory
-    halves it for good. `pad`: fill short batches up to it; by default on CUDA, and always where the engine is not
-    `eager`. `tensors`: the columns to give beside the embedding. `share`: of a CUDA device, what this process may take
-    of its memory. Raises `engines.Unavailable`.
+    halves it for as long as this lives. `pad`: fill short batches up to it; by default on CUDA, and always where the
+    engine is not `eager`. `tensors`: the columns to give beside the embedding. `share`: of a CUDA device, what this
+    process may take of its memory. Raises `engines.Unavailable`, and `NoRoom` where the model or an image finds none.
     """
 
     def __init__(
@@ -194,9 +202,9 @@ class Backbone:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
-            torch.backends.cudnn.allow_tf32 = False  # by default fp32 convolutions are of 10 bits there
+            keep_float32()
             with out_of_memory_explained(self.device, "the model"):
-                allowed = limit_memory(self.device, share)
+                room = limit_memory(self.device, share)
                 module = module.to(self.device)
         self._module = module.eval()
         self._layout = torch.preserve_format
@@ -209,17 +217,32 @@ class Backbone:
         self._body: Body = engines.Eager(self._taps, self.device, precision)
         _, height, width = self.preprocessing.input_size
         self.batch_size = batch_size or max(1, min(CPU_BATCH, CPU_BATCH_PIXELS // (height * width)))
-        self._tuning: dict[str, Any] | None = None  # what the batch size found is remembered by
-        if self.device.type == "cuda":
-            settings = {"precision": precision, "engine": engine, "share": share, "asked": batch_size}
-            outputs = [self._top, *((f.kind, f.source, f.dtype) for f in tensors)]
-            key = tuning.key_of(module, self.device, size=self.preprocessing.input_size, outputs=outputs, **settings)
-            found = tuning.tuned(key, lambda: self._searched(engine, batch_size, allowed))
-            self.batch_size = found.batch_size
-            self._lay_out(found.channels_last)
-            self._tuning = key if batch_size is None else None
         self._engine, self._precision = engine, precision
+        if self.device.type == "cuda":
+            self._tune(batch_size, tensors, share, room)
         self._start_engine()
+
+    def _tune(self, batch_size: int | None, tensors: Sequence[TensorColumn], share: float, room: Room) -> None:
+        """Takes the batch size, unless it is given, and the layout that are best here, by what this node remembers."""
+        key = tuning.key_of(
+            self._module,
+            self.device,
+            size=self.preprocessing.input_size,
+            outputs=[self._top, *((c.kind, c.source, c.dtype) for c in tensors)],
+            precision=self._precision,
+            engine=self._engine,
+            share=share,
+            room=room.steps,
+            asked=batch_size,
+        )
+
+        def search() -> tuple[tuning.Tuned, bool]:
+            found = self._searched(batch_size, room.bytes)
+            return found or tuning.Tuned(batch_size or 1, False), found is not None and room.is_free
+
+        found = tuning.tuned(key, search)
+        self.batch_size = found.batch_size
+        self._lay_out(found.channels_last)
 
     @torch.inference_mode()
     def _start_engine(self) -> None:
@@ -232,9 +255,9 @@ class Backbone:
             batch = self.normalize(torch.zeros(size, dtype=torch.uint8))
             self._body = engines.start(self._engine, self._module, self._taps, batch, precision=self._precision)
             return
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as e:
             if self.batch_size == 1:
-                raise
+                raise no_room(self.device, f"one image with --engine {self._engine}", e) from e
         self._halve()  # here, where nothing holds what the attempt had taken
         self._start_engine()
 
@@ -266,16 +289,16 @@ class Backbone:
         try:
             return self._forward(images)
         except RuntimeError as e:
-            if not is_out_of_memory(e) or self.batch_size == 1:
+            if not is_out_of_memory(e):
                 raise
+            if self.batch_size == 1:
+                raise no_room(self.device, "one image beside the model", e) from e
             return None
 
     def _halve(self) -> None:
+        """For now: the next run looks for itself, when whoever holds the memory may be gone."""
         self.batch_size //= 2
         torch.cuda.empty_cache()
-        if self._tuning is not None:
-            channels_last = self._layout == torch.channels_last
-            tuning.remember(self._tuning, tuning.Tuned(self.batch_size, channels_last))
 
     @torch.inference_mode()
     def _forward(self, images: torch.Tensor) -> Vectors:
@@ -298,16 +321,21 @@ class Backbone:
         ordered, index = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
         return Vectors(embedding, norm, index[:, : self._top], ordered[:, : self._top], columns)
 
-    def _searched(self, engine: str, batch_size: int | None, allowed: int) -> tuning.Tuned:
-        """The batch size, unless it is given, and then the layout of its memory that this device is faster with."""
+    def _searched(self, batch_size: int | None, allowed: int) -> tuning.Tuned | None:
+        """The batch size, unless it is given, and then the layout of its memory that this device is faster with.
+
+        None where nothing fits.
+        """
         best = batch_size or tuning.best_batch_size(lambda size: self._images_per_s(size, allowed))
-        if engine != "eager":  # which compiles for one layout, the plain one
+        if best is None:
+            return None
+        if self._engine != "eager":  # which compiles for one layout, the plain one
             return tuning.Tuned(best, False)
         plain = self._images_per_s(best, allowed)
         self._lay_out(channels_last=True)
-        channels_last = self._images_per_s(best, allowed) > plain * tuning.WORTH_CHANNELS_LAST
+        other = self._images_per_s(best, allowed)
         self._lay_out(channels_last=False)
-        return tuning.Tuned(best, channels_last)
+        return tuning.Tuned(best, other > plain * tuning.WORTH_CHANNELS_LAST) if plain or other else None
 
     def _lay_out(self, channels_last: bool) -> None:
         self._layout = torch.channels_last if channels_last else torch.preserve_format

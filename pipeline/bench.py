@@ -24,10 +24,10 @@ from pipeline import machine, measure, trial, weights
 from pipeline.backbone import Backbone, resolve_device, resolve_precision
 from pipeline.ceiling import Ceiling, Decoding, Forward, Room, ceiling, chosen, workers_on_gpus
 from pipeline.config import DECODES, RunConfig
-from pipeline.cuda_images import DeviceImages, HeaderDecoder, OnDevice
+from pipeline.cuda_images import DeviceImages, HeaderDecoder, OnDevice, check_decoder
 from pipeline.embed import Job
-from pipeline.engines import Unavailable, resolve_engine
-from pipeline.errors import UsageError
+from pipeline.engines import Unavailable, release, resolve_engine
+from pipeline.errors import NoRoom, UsageError
 from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard, list_shards
 from pipeline.output import Root
@@ -37,7 +37,7 @@ from pipeline.speed import Means, Sums
 
 # Shares of the seconds asked for. To load torch in the trial's processes, and to compile, comes on top.
 READ, COMPARE, DECODE, TRANSFER, FORWARD, WRITE, TRIAL = 0.04, 0.04, 0.14, 0.02, 0.4, 0.04, 0.25
-CPU_BATCHES, CUDA_BATCHES = (8, 16, 64), (64, 256)  # beside the usual one, while there is time
+OTHER_BATCHES = {"cpu": (8, 16, 64), "cuda": (64, 256)}  # beside the usual one, while there is time
 WORTH_ANOTHER_BATCH = 1.03
 COMPILE_S = 150.0  # with so much time compiling is tried unasked: it alone may take a minute
 BUSY = 0.5  # load of a core before we begin
@@ -68,6 +68,8 @@ class Bench:
         self.shards = list_shards(self.config.inputs, format=self.config.format, columns=self.config.columns)
         self.device = resolve_device(self.config.device)
         check_device(self.config, self.device)
+        if self.config.decode == "cuda":
+            check_decoder(torch.device(self.device))
         self.module = weights.load_module(self.config.model, self.config.weights, self.config.adapt)
         self.vectors, self.labels = vector_set(
             self.config, self.module, resolve_precision(self.config.precision, self.device)
@@ -100,6 +102,7 @@ class Bench:
         arrays = plain(measure.batch_of(pixels, fastest.batch_size)).to_numpy()
         write = measure.write(self.vectors, self.labels, arrays, Root(self.config.output), WRITE * seconds)
         del plain
+        release(self.module, self.device)  # the trial's processes need it
         others = {"read": read.cost, "transfer": transfer, "write": write}
         ceilings = {d.decode: ceiling(self.room, d, fastest, **others) for d in decodings}
         decoding = chosen(decodings, ceilings)
@@ -161,7 +164,13 @@ class Bench:
                 decoder: Callable[[bytes], Any] = HeaderDecoder(
                     self.vectors.preprocessing, exif_orientation=self.vectors.exif_orientation
                 )
-                device = DeviceImages(self.vectors.preprocessing, plain.device, self._decoder(mode))
+                try:
+                    device = DeviceImages(self.vectors.preprocessing, plain.device, self._decoder(mode))
+                except (UsageError, NoRoom) as e:
+                    if self.asked.decode:
+                        raise
+                    self.notes.append(f"cuda was left out: {e}")
+                    continue
                 there = measure.decode_on_device(decoder, device, images, plain.batch_size, each)
                 decoded = [_on_host(d) for d in device([decoder(image) for image in some])]
             else:
@@ -187,7 +196,7 @@ class Bench:
             raise UsageError("; ".join(self.notes))
         if self.config.batch_size is None:
             best = self._fastest(forwards)
-            for size in CUDA_BATCHES if self.room.gpus else CPU_BATCHES:
+            for size in OTHER_BATCHES[self.device]:
                 if time.monotonic() + best.start_s + each > until:
                     break
                 other = self._forward(best.engine, best.precision, size, pixels, reference, each / 2)
@@ -243,7 +252,10 @@ class Bench:
         return next(f for f in forwards if images_per_s(f) * WORTH_ANOTHER_BATCH >= best)
 
     def _proven(self, forwards: list[Forward]) -> Forward:
-        """The fastest that a run would take too: an engine has to be as near to eager fp32 as it promises."""
+        """The fastest that a run would take too: an engine has to be as near to eager fp32 as it promises.
+
+        The module is on the device again afterwards, for the backbone that was measured first.
+        """
         while True:
             best = self._fastest(forwards)
             _, why_not = resolve_engine(
@@ -252,9 +264,13 @@ class Bench:
                 precision=best.precision,
                 device=self.device,
                 batch_size=best.batch_size,
-                threads=torch.get_num_threads(),
+                threads=1 if self.room.gpus else torch.get_num_threads(),
+                weights_sha256=self.vectors.weights_sha256,
                 tensors=self.vectors.tensors,
+                classes=bool(self.vectors.top_k),
+                top_k=self.vectors.top_k,
             )
+            self.module.to(self.device)
             if not why_not:
                 return best
             self.notes.append(why_not)

@@ -12,7 +12,7 @@ from pipeline.images import Preprocessing
 from pipeline.listing import FORMATS, Columns
 from pipeline.storage import redact
 
-SCHEMA_VERSION = 2  # raise it with any change of the output's columns or of how a vector is made
+SCHEMA_VERSION = 3  # raise it with any change of the output's columns or of how a vector is made
 OUTPUTS = ("embedding", "classes", "tokens", "features", "heads")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 VECTOR_TYPES = ("float32", "float16")
@@ -212,10 +212,10 @@ class VectorSet:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of files that each shard becomes, the embeddings last: they commit it."""
-        return ("rejects", *dict.fromkeys(f.kind for f in self.tensors), "embeddings")
+        return ("rejects", *dict.fromkeys(column.kind for column in self.tensors), "embeddings")
 
     def columns_of(self, kind: str) -> tuple[TensorColumn, ...]:
-        return tuple(f for f in self.tensors if f.kind == kind)
+        return tuple(column for column in self.tensors if column.kind == kind)
 
     @property
     def folder(self) -> str:

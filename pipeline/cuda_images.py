@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.device import is_out_of_memory
-from pipeline.errors import Reject
+from pipeline.device import is_out_of_memory, out_of_memory_explained
+from pipeline.errors import NoRoom, Reject, UsageError
 from pipeline.images import LARGE_PIXELS, MAX_ASPECT, UPRIGHT, Decoded, Decoder, Preprocessing
 from pipeline.jpegs import APP14, SOS, read_frame
-from pipeline.resizing import SWAPS, Side, Turn, is_down_first, sides
+from pipeline.resizing import MODES, SWAPS, Side, Turn, is_down_first, sides
 
 MOST_LEVELS, MEAN_LEVELS = 128, 4.0  # off `exact`: the largest and the mean difference
 LEAST_COSINE = 0.99  # of an embedding with that of `exact`
@@ -67,12 +67,20 @@ class OnDevice(NamedTuple):
     height: int
 
 
+def why_not_there(preprocessing: Preprocessing) -> str:
+    """Why the device decodes none of a model's images; "" where it does."""
+    channels = preprocessing.input_size[0]
+    if channels != 3:
+        return f"the model takes {MODES[channels]} images"
+    return "" if preprocessing.interpolation in FILTERS else f"the model's are resized by {preprocessing.interpolation}"
+
+
 class HeaderDecoder:
     """What the decoding threads call: an image's bytes → `Jpeg`, or `Decoded` by the CPU. Raises `Reject`."""
 
     def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True):
         self.cpu = Decoder(preprocessing, exif_orientation=exif_orientation, how="cuda")
-        self._takes_any = preprocessing.input_size[0] == 3 and preprocessing.interpolation in FILTERS
+        self._takes_any = not why_not_there(preprocessing)
 
     def __call__(self, data: bytes) -> "Decoded | Jpeg":
         return (self._takes_any and self._of_device(data)) or self.cpu(data)
@@ -123,6 +131,24 @@ def decode_jpegs(jpegs: list[torch.Tensor], device: torch.device) -> list[torch.
     return list(decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device))
 
 
+def check_decoder(
+    device: torch.device, decode: Callable[[list[torch.Tensor], torch.device], list[torch.Tensor]] = decode_jpegs
+) -> None:
+    """Decodes a JPEG on the device. Raises `UsageError` where torchvision cannot, as without nvJPEG, and `NoRoom`."""
+    sink = io.BytesIO()
+    Image.new("RGB", (LEAST_SIDE, LEAST_SIDE)).save(sink, "JPEG")
+    try:
+        with out_of_memory_explained(device, "the decoder of JPEGs"):
+            decode([_bytes(sink.getvalue())], device)
+    except NoRoom:
+        raise
+    except (RuntimeError, ImportError, AttributeError) as e:  # the last two of torchvisions built without any of it
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UsageError(
+            f"--decode cuda: this torchvision decodes no JPEG on {device} ({why}): choose --decode fast"
+        ) from e
+
+
 class DeviceImages:
     """Decodes batches on a device; called from one thread, in the stream that the pixels are then used in."""
 
@@ -133,17 +159,12 @@ class DeviceImages:
         cpu: Callable[[bytes], Decoded],
         decode: Callable[[list[torch.Tensor], torch.device], list[torch.Tensor]] = decode_jpegs,
     ):
-        """`cpu`: for what the device cannot decode. Raises `RuntimeError` where torchvision has no nvJPEG."""
+        """`cpu`: for what the device cannot decode. Raises as `check_decoder`."""
         self._device, self._cpu, self._decode = device, cpu, decode
         self._resize = DeviceResizer(preprocessing, device)
-        sink = io.BytesIO()
-        Image.new("RGB", (LEAST_SIDE, LEAST_SIDE)).save(sink, "JPEG")
-        try:
-            self._decode([_bytes(sink.getvalue())], device)
-        except RuntimeError as e:
-            raise RuntimeError(f"--decode cuda: this torchvision decodes no JPEG on {device}: {e}") from e
+        check_decoder(device, decode)
 
-    def __call__(self, images: Sequence["Decoded | Jpeg"]) -> list["Decoded | OnDevice | Reject"]:
+    def __call__(self, images: Sequence["Decoded | Jpeg | OnDevice"]) -> list["Decoded | OnDevice | Reject"]:
         """In their order; what is decoded already stays as it is."""
         found: dict[int, OnDevice] = {}
         for chunk in _chunks([(n, image) for n, image in enumerate(images) if isinstance(image, Jpeg)]):
@@ -180,7 +201,7 @@ class DeviceImages:
                 raise
             return ()
 
-    def _by_cpu(self, image: "Decoded | Jpeg") -> "Decoded | Reject":
+    def _by_cpu(self, image: "Decoded | Jpeg | OnDevice") -> "Decoded | OnDevice | Reject":
         if not isinstance(image, Jpeg):
             return image
         try:

@@ -8,10 +8,11 @@ the CPU a batch is stacked and passed on, and that is all.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import torch
 if TYPE_CHECKING:
     from pipeline.backbone import Arrays, Backbone, Vectors
     from pipeline.cuda_images import DeviceImages, Jpeg, OnDevice
-from pipeline.errors import Reject
+from pipeline.errors import NoRoom, Reject
 from pipeline.images import Decoded
 
 RING = 3  # batches: one computes, one is copied, one is filled …
@@ -27,6 +28,7 @@ RING_BYTES = 2**30  # … and two of larger ones: 2048 images of 224x224 are 0.3
 # Of a share of a device, what torch's allocator does not count: the process's context, kernels, nvJPEG's buffers. A
 # context with cuDNN and cuBLAS loaded takes 0.5 to 0.8 GB by NVIDIA's own figures; not yet measured here.
 CONTEXT_BYTES = 3 * 2**29
+ROOM_STEPS = 8  # what is found for some room holds for about as much
 # A handle that cannot be made is reported as not initialised.
 LIBRARY_LACKS_MEMORY = re.compile("out of memory|(CUDNN|CUBLAS|CUSOLVER)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)")
 Timed = Callable[[str], AbstractContextManager[Any]]
@@ -91,7 +93,7 @@ class Cuda:
             return torch.empty(*shape, dtype=dtype, pin_memory=True)
         except RuntimeError as e:
             size = torch.Size(shape).numel() * dtype.itemsize / 2**20
-            raise RuntimeError(
+            raise NoRoom(
                 f"{size:.0f} MB of pinned host memory cannot be had ({_line(e)}): choose a smaller --batch-size or "
                 "fewer --actors, or raise the container's limits of memory and of locked memory"
             ) from e
@@ -137,7 +139,7 @@ class Staging:
                 host, there = self._cuda.pinned(shape, torch.uint8), self._cuda.empty(shape, torch.uint8)
                 self._ring.append(_Slot(host, there))
 
-    def decoded(self, images: "Sequence[Decoded | Jpeg]") -> "Sequence[Decoded | OnDevice | Reject]":
+    def decoded(self, images: "Sequence[Decoded | Jpeg | OnDevice]") -> "Sequence[Decoded | OnDevice | Reject]":
         """What is encoded still is decoded on the device, in the stream that fills the ring."""
         assert self._images is not None
         with self._cuda.on(self._cuda.incoming):
@@ -214,11 +216,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextmanager
 def out_of_memory_explained(device: torch.device, what: str) -> Iterator[None]:
-    """Raises `RuntimeError` with the memory's figures where the device has no room for `what`, or cannot be used."""
+    """Raises `NoRoom` with the memory's figures where the device has no room for `what`, or cannot be used."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as e:
-        raise RuntimeError(f"{name_of(device)} has no room for {what}, {_free(device)}: {_line(e)}") from e
+        raise no_room(device, what, e) from e
+
+
+def no_room(device: torch.device, what: str, error: BaseException) -> NoRoom:
+    """With the memory's figures, as far as the device still tells any."""
+    return NoRoom(f"{name_of(device)} has no room for {what}, {_free(device)}: {_line(error)}")
 
 
 def name_of(device: torch.device) -> str:
@@ -231,7 +238,7 @@ def name_of(device: torch.device) -> str:
 def _free(device: torch.device) -> str:
     try:
         free, total = torch.cuda.mem_get_info(device)
-    except (RuntimeError, AssertionError):  # the device is lost, and says nothing more
+    except (RuntimeError, AssertionError, ValueError):  # the device is lost and says nothing more, or it is the CPU
         return "and does not tell how much is free"
     return f"{free / 2**30:.1f} of its {total / 2**30:.1f} GB are free"
 
@@ -245,15 +252,43 @@ def why_no_cuda() -> str:
     return ""
 
 
-def limit_memory(device: torch.device, share: float) -> int:
-    """Bytes that this process may hold of the device; of less than a whole one, torch then refuses to take more.
+class Room(NamedTuple):
+    """What a process may hold of a device's memory."""
+
+    bytes: int
+    steps: int  # `ROOM_STEPS` would be the whole device
+    is_free: bool  # False: others hold some of it
+
+
+def limit_memory(device: torch.device, share: float) -> Room:
+    """What this process may hold of the device; of less than a whole one, torch then refuses to take more.
 
     `share`: of the device, as `--gpus-per-actor`. The processes that share one cannot know of each other's peaks, so
     each keeps to its own part: an out-of-memory then is of that process's own making, and halving its batch helps.
     """
     free, total = torch.cuda.mem_get_info(device)
-    if share >= 1:
-        return free + torch.cuda.memory_reserved(device)
-    fraction = max(share / 2, share - CONTEXT_BYTES / total)
-    torch.cuda.set_per_process_memory_fraction(fraction, device)
-    return int(fraction * total)
+    torch.cuda.set_per_process_memory_fraction(_fraction(share, total), device)
+    return room_of(share, free + torch.cuda.memory_reserved(device), total)
+
+
+def room_of(share: float, free: int, total: int) -> Room:
+    """`free`: bytes of the device that nobody else holds. Who has it alone may take all of these."""
+    room = free if share >= 1 else int(_fraction(share, total) * total)
+    return Room(room, ROOM_STEPS * room // total, room <= free)
+
+
+def _fraction(share: float, total: int) -> float:
+    return 1.0 if share >= 1 else max(share / 2, share - CONTEXT_BYTES / total)
+
+
+def keep_float32() -> None:
+    """Products and convolutions of float32 on CUDA are of float32, not of TF32's 10 bits.
+
+    The first are so by default, unless the environment says TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, as NVIDIA's containers
+    do. By torch's older names: they set what the newer ones (`fp32_precision`) read, and these do not set what its
+    compiler reads, which then refuses the mixture: https://github.com/pytorch/pytorch/issues/166387
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are newer ones
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False

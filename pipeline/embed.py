@@ -12,7 +12,7 @@ import platform
 import queue
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -36,6 +36,7 @@ from pipeline.versions import publish, published
 
 WRITES_WAITING = 4  # batches of vectors between device and writer …
 WAITING_BYTES = 128 * 2**20  # … and fewer where tokens or feature maps make them large
+ENCODED_BYTES = 128 * 2**20  # of images for the device's decoder: when so many have gathered it need not be a batch
 STAGES = ("read", "decode", "transfer", "forward", "write")  # transfer: from images to a batch for the device
 # Beside them: images behind URLs; on CUDA what the batching thread has of `forward` and `decode`, and the copies.
 PARTS = (*STAGES, "fetch", "launch", "batch_decode", "copy")
@@ -137,9 +138,11 @@ class Work:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     samples: list[Sample] = field(default_factory=list)
-    decoded: list[Decoded | Jpeg] = field(default_factory=list)
+    images: list[Decoded | Jpeg | OnDevice] = field(default_factory=list)  # of `samples`
+    encoded_bytes: int = 0  # of `images`
     batches: int = 0
     writer: ShardWriter | None = None
+    # Of the thread that batches or of the one that writes, whichever met one first; a second one tells nothing new.
     error: str | None = None
 
     @contextlib.contextmanager
@@ -198,7 +201,7 @@ class Embedder:
             writer.join()
 
     def _writes_waiting(self) -> int:
-        row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in self.job.vectors.tensors)
+        row_bytes = sum(column.size * np.dtype(column.dtype).itemsize for column in self.job.vectors.tensors)
         return max(1, min(WRITES_WAITING, WAITING_BYTES // max(1, row_bytes * self.backbone.batch_size)))
 
     def _at(self, stage: str, shard: str) -> None:
@@ -251,31 +254,42 @@ class Embedder:
         work.cpu_s["decode"] += outcome.cpu_s
         if isinstance(outcome.result, Reject):
             self._refuse(flow, work, Refused(sample, outcome.result, outcome.size), to_write)
-        else:
+        elif work.error is None:
             work.samples.append(sample)
-            work.decoded.append(outcome.result)
+            work.images.append(outcome.result)
+            if isinstance(outcome.result, Jpeg):
+                work.encoded_bytes += len(outcome.result.data)
+            if work.encoded_bytes > ENCODED_BYTES:
+                self._decode(flow, work, to_write)
 
-    def _send(self, flow: Flow, work: Work, to_write: "queue.Queue[Any]") -> None:
-        samples, decoded = work.samples, work.decoded
-        work.samples, work.decoded = [], []
-        if work.error is not None:
-            return
-        kept: list[tuple[Sample, Decoded | OnDevice]] = []
-        for sample, given, image in zip(samples, decoded, self._on_device(work, decoded), strict=True):
+    def _decode(self, flow: Flow, work: Work, to_write: "queue.Queue[Any]") -> None:
+        """On the device, what has gathered encoded; what it and the CPU fail at is refused."""
+        self._at("decode", work.shard.name)
+        with work.timed("batch_decode"):
+            decoded = self._staging.decoded(work.images)
+        gathered = list(zip(work.samples, work.images, decoded, strict=True))
+        work.samples, work.images, work.encoded_bytes = [], [], 0
+        for sample, given, image in gathered:
             if isinstance(image, Reject):
                 self._refuse(flow, work, Refused(sample, image, len(cast(Jpeg, given).data)), to_write)
             else:
-                kept.append((sample, image))
-        if kept:
+                work.samples.append(sample)
+                work.images.append(image)
+
+    def _send(self, flow: Flow, work: Work, to_write: "queue.Queue[Any]") -> None:
+        if work.encoded_bytes and work.error is None:
+            self._decode(flow, work, to_write)
+        samples, images = work.samples, cast(list[Decoded | OnDevice], work.images)
+        work.samples, work.images, work.encoded_bytes = [], [], 0
+        if samples and work.error is None:
             self._at("forward", work.shard.name)
             with self._computing(work):
-                passed = self._staging([image for _, image in kept], work.timed)
+                passed = self._staging(images, work.timed)
             self.activity.batch_size = self.backbone.batch_size  # an out-of-memory has halved it
-            sizes = [(image.width, image.height) for _, image in kept]
-            batch = Batch([sample for sample, _ in kept], sizes, passed)
+            batch = Batch(samples, [(image.width, image.height) for image in images], passed)
             self._at("write", work.shard.name)
             flow.put(to_write, (work, batch))
-            self.activity.add(work.shard.name, images=len(kept))
+            self.activity.add(work.shard.name, images=len(samples))
 
     @contextlib.contextmanager
     def _computing(self, work: Work) -> Iterator[None]:
@@ -287,13 +301,6 @@ class Embedder:
         self.activity.forward = forward_s, time.perf_counter()
         yield
         self.activity.forward = forward_s + work.seconds["forward"] - before, None
-
-    def _on_device(self, work: Work, images: list[Decoded | Jpeg]) -> Sequence[Decoded | OnDevice | Reject]:
-        if not any(isinstance(image, Jpeg) for image in images):
-            return cast(list[Decoded], images)
-        self._at("decode", work.shard.name)
-        with work.timed("batch_decode"):
-            return self._staging.decoded(images)
 
     def _refuse(self, flow: Flow, work: Work, refused: Refused, to_write: "queue.Queue[Any]") -> None:
         self._at("write", work.shard.name)

@@ -10,17 +10,25 @@ import importlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import timm
 import torch
 from torch.nn.functional import cosine_similarity, interpolate
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from pipeline import findings, machine
 from pipeline.architecture import line
+from pipeline.cache import KEEP_S, cache_folder
 from pipeline.config import TensorColumn
+from pipeline.errors import NoRoom
 from pipeline.features import Body, Caught, Taps
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TRACED = 2  # images of the batch that OpenVINO's graph is traced with: one would let sizes of 1 spread by themselves
 PROVEN = 2  # different images that an engine is proven with, again and again over a whole batch
 SPOTS = 16  # of random colour a side, smoothly joined: more like a photo than noise is
+FOLDER = "engines"  # of the cache: those that were too far off
 TELEMETRY = "openvino_telemetry"
 ADVICE = " Set TORCH"  # with this begins what torch's compiler tells its developers after each error
 
@@ -55,6 +64,10 @@ STATED_ERROR = {
 
 class Unavailable(Exception):
     """The engine does not run here, or not this model; the message says why."""
+
+
+class _TooFar(Unavailable):
+    """The engine runs, and leaves its stated error: with the same weights it always will."""
 
 
 def start(engine: str, module: torch.nn.Module, taps: Taps, batch: torch.Tensor, *, precision: str = "fp32") -> "Body":
@@ -99,10 +112,8 @@ class Compiled:
     """One graph of torch.compile for one shape; a second compilation is an error. On CUDA it replays CUDA graphs."""
 
     def __init__(self, module: torch.nn.Module, taps: Taps, batch: torch.Tensor, precision: str):
-        from pipeline.cache import cache_folder
-
         # Workers find there what the driver compiled. torch's own place lies below /tmp and is anybody's to fill.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_compiled_folder())
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA here
         device, dtype = batch.device.type, DTYPES.get(precision)
         Eager(taps, batch.device, precision)(batch[:1])  # ConViT makes a buffer in its first pass
@@ -163,6 +174,10 @@ class OpenVINO:
         return body, caught
 
 
+def _compiled_folder() -> Path:
+    return cache_folder() / "inductor"
+
+
 class _Traced(torch.nn.Module):
     """The body with its results in a row, which is what a traced graph can give."""
 
@@ -200,62 +215,97 @@ def resolve_engine(
     *,
     precision: str,
     device: str,
-    batch_size: int | None = None,
     threads: int = 1,
+    weights_sha256: str = "",
     tensors: Sequence[TensorColumn] = (),
+    **settings: Any,
 ) -> tuple[str, str]:
     """The engine that a run gets, and where that is not the one asked for, a sentence with the reason.
 
     Compares a whole batch with eager fp32, compiled as the workers will compile, which find it in the cache then.
-    `threads`: of each worker. The module comes back on the CPU.
+    `threads`: of torch in each worker. `settings`: what else the workers' `Backbone` gets, for the batch's size goes by
+    it too. The module comes back on the CPU. That the vectors of weights of this SHA-256 are too far off is remembered
+    on this node, and not proven again; what may be otherwise tomorrow is.
     """
     if engine == "eager":
         return engine, ""
+    settings |= {"precision": precision, "device": device, "tensors": tensors}
+    key = _key(engine, weights_sha256, threads, settings)
+    why = str((findings.recall(FOLDER, key) or {}).get("why", "")) if weights_sha256 else ""
     try:
-        _check(engine, precision, device)
-        with _threads(threads):
-            _prove(engine, module, STATED_ERROR[engine, precision], precision, device, batch_size, tensors)
-    except Unavailable as e:
-        return "eager", f"--engine {engine} cannot be used, eager runs instead: {e}"
+        if not why:
+            _check(engine, precision, device)
+            if engine == "compile":
+                _clear_compiled()
+            with _threads(threads):
+                _prove(engine, module, STATED_ERROR[engine, precision], settings)
+    except _TooFar as e:
+        why = str(e)
+        if weights_sha256:
+            findings.remember(FOLDER, key, {"why": why})
+    except (Unavailable, NoRoom, torch.OutOfMemoryError) as e:
+        why = line(e)
     finally:
-        module.cpu()
-        if device == "cuda":
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()  # the workers need it
-    return engine, ""
+        release(module, device)
+    return ("eager", f"--engine {engine} cannot be used, eager runs instead: {why}") if why else (engine, "")
 
 
-def _prove(
-    engine: str,
-    module: torch.nn.Module,
-    bound: Bound,
-    precision: str,
-    device: str,
-    batch_size: int | None,
-    tensors: Sequence[TensorColumn],
-) -> None:
+def release(module: torch.nn.Module, device: str) -> None:
+    """Takes the module back to the CPU, and leaves the device's memory to other processes."""
+    module.cpu()
+    if device == "cuda":
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _key(engine: str, weights_sha256: str, threads: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a proof depends on."""
+    is_cuda = settings["device"] == "cuda" and torch.cuda.is_available()
+    return {
+        "engine": engine,
+        "bound": STATED_ERROR.get((engine, settings["precision"])),
+        "weights": weights_sha256,
+        "threads": threads,
+        "processor": torch.cuda.get_device_name() if is_cuda else machine.cpu_name(),
+        "versions": [torch.__version__, timm.__version__, _version("openvino")],
+        **settings,
+        "tensors": [asdict(column) for column in settings["tensors"]],
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _clear_compiled() -> None:
+    """Deletes what nothing has read for `KEEP_S`; before a proof, which makes anew what its run needs of that."""
+    for folder, _, names in os.walk(_compiled_folder()):
+        for path in (Path(folder) / name for name in names):
+            with suppress(OSError):  # another run deletes too
+                if time.time() - max(path.stat().st_atime, path.stat().st_mtime) > KEEP_S:
+                    path.unlink()
+
+
+def _prove(engine: str, module: torch.nn.Module, bound: Bound, settings: dict[str, Any]) -> None:
     """Raises `Unavailable` where any row of a batch is further from eager fp32 than `bound`."""
     from pipeline.backbone import Backbone
 
-    plain = Backbone(module, device=device, classes=False, batch_size=PROVEN, tensors=tensors)
+    of_two = {"precision": "fp32", "batch_size": PROVEN, "classes": False}
+    plain = Backbone(module, **settings | of_two)
     images = _pictures(plain)
     want = plain(images)
-    made = Backbone(
-        module,
-        engine=engine,
-        precision=precision,
-        device=device,
-        classes=False,
-        batch_size=batch_size,
-        tensors=tensors,
-    )
+    made = Backbone(module, engine=engine, **settings)
     rows = torch.arange(made.batch_size) % PROVEN
-    found = difference(made(images[rows]), want, rows.to(device))
+    found = difference(made(images[rows]), want, rows.to(made.device))
     if not (found.cosine >= bound.cosine and found.relative <= bound.relative):
-        raise Unavailable(
+        promised = f"{engine} {settings['precision']} promises {bound.cosine} and {bound.relative:.0e}"
+        raise _TooFar(
             f"with this model its results have a cosine of {found.cosine:.6f} with torch's in fp32 and differ by "
-            f"{found.relative:.1e}, and {engine} {precision} promises {bound.cosine} and {bound.relative:.0e}"
+            f"{found.relative:.1e}, and {promised}"
         )
 
 

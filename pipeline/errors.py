@@ -1,7 +1,8 @@
 """The three kinds of failure: the sample's, the caller's and the store's; and what a command exits with.
 
 A `Reject` costs one row in `rejects`. A `UsageError` ends the run with 2 before any work. A `StorageError`
-has already been retried; it leaves its shard uncommitted. Anything else is our own defect and is raised as it is.
+has already been retried; it leaves its shard uncommitted. `Stalled` and `NoRoom` are what the machines could not give.
+Anything else is our own defect and is raised as it is.
 """
 
 from typing import Literal, get_args
@@ -26,6 +27,10 @@ class Reject(Exception):
 
 class UsageError(Exception):
     """Wrong flags, input, model, weights or output, found before any work: exit code 2 and this one sentence."""
+
+
+class NoRoom(RuntimeError):
+    """A device, or this machine for its sake, lacks memory; the message tells the figures: exit code 1."""
 
 
 class Stalled(Exception):

@@ -33,10 +33,10 @@ class Taps:
     def __init__(self, module: nn.Module, tensor_columns: Sequence[TensorColumn]):
         self._module: Any = module
         self._columns = tuple(tensor_columns)
-        sources = [f.source for f in tensor_columns if f.kind == "features"]
+        sources = [column.source for column in tensor_columns if column.kind == "features"]
         self._indices = sorted({int(s) for s in sources if s.isdecimal()})
         self._hooks = {s: point for s, point in _named(module).items() if s in sources}
-        self.of_the_heads = any(f.source in (*OF_THE_HEADS, TWO_HEADS) for f in self._columns)
+        self.of_the_heads = any(column.source in (*OF_THE_HEADS, TWO_HEADS) for column in self._columns)
         self._heads = heads_of(module)
 
     def body(self, x: torch.Tensor) -> tuple[Any, Caught]:
@@ -63,7 +63,7 @@ class Taps:
     def _with_maps(self, x: torch.Tensor) -> tuple[Any, Caught]:
         # Maps come in the order of depth, each once, whatever order they are asked in.
         body, maps = self._module.forward_intermediates(x, indices=self._indices)
-        layouts = {f.source: f.layouts for f in self._columns}
+        layouts = {column.source: column.layouts for column in self._columns}
         caught = {}
         for index, tensor in zip(map(str, self._indices), maps, strict=True):
             caught[index] = tensor.permute(0, 2, 3, 1) if layouts[index] == ("NHWC",) else tensor
@@ -85,20 +85,20 @@ class Taps:
 
     def columns(self, body: Any, caught: Caught, n: int) -> tuple[torch.Tensor, ...]:
         """A tensor (n, size) for each column, of its dtype, from the first n images of a batch."""
-        return tuple(self._column(f, body, caught, n) for f in self._columns)
+        return tuple(self._column(column, body, caught, n) for column in self._columns)
 
-    def _column(self, f: TensorColumn, body: Any, caught: Caught, n: int) -> torch.Tensor:
-        parts = self.parts(f, body, caught)
+    def _column(self, column: TensorColumn, body: Any, caught: Caught, n: int) -> torch.Tensor:
+        parts = self.parts(column, body, caught)
         rows = torch.cat([p[:n].float().flatten(1) for p in parts], 1)
-        return rows.to(getattr(torch, f.dtype))
+        return rows.to(getattr(torch, column.dtype))
 
-    def parts(self, f: TensorColumn, body: Any, caught: Caught) -> list[torch.Tensor]:
+    def parts(self, column: TensorColumn, body: Any, caught: Caught) -> list[torch.Tensor]:
         """The column's tensors as the model shapes them, of a whole batch."""
-        if f.kind == "tokens":
+        if column.kind == "tokens":
             return list(body) if isinstance(body, list | tuple) else [body]
-        if f.kind == "heads":
+        if column.kind == "heads":
             return [caught["logits"]]
-        return [body if f.source == "features_all" and f.source not in caught else caught[f.source]]
+        return [body if column.source == "features_all" and column.source not in caught else caught[column.source]]
 
 
 @contextmanager
@@ -268,5 +268,5 @@ def _by_name(module: Any, model: str, blank: torch.Tensor, names: tuple[str, ...
     taps = Taps(module, wanted)
     body, caught = taps.body(blank)
     caught |= taps.logits(body)[1]
-    tensors = {f.source: taps.parts(f, body, caught)[0] for f in wanted}
+    tensors = {column.source: taps.parts(column, body, caught)[0] for column in wanted}
     return [(name, tuple(tensors[name].shape[1:]), _layout(tensors[name])) for name in names]

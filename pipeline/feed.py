@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from pipeline.config import VectorSet
@@ -27,7 +28,9 @@ from pipeline.storage import is_local, is_unchanged, redact, resolve
 
 LOOKAHEAD_BATCHES = 2  # decoded images that wait: one batch being filled, one ready …
 DECODED_BYTES = 256 * 2**20  # … and fewer of large ones
-LOOKAHEAD_BYTES = 256 * 2**20  # encoded images between reader and decoders, one larger than that allowed alone
+# Encoded images between reader and decoders, and those that wait for the device to decode them; one larger than that
+# is allowed alone.
+LOOKAHEAD_BYTES = 256 * 2**20
 FETCHED_BYTES = 4 * 2**20  # what an image behind a URL is taken to weigh before it is there
 FETCHERS = 16  # URL columns: requests under way at once, latency is all they cost
 NOTHING_S = 0.5  # until the next question where there was no shard to be had
@@ -111,10 +114,11 @@ class LocalFeed:
         `at` is told the stage and the shard that are waited for, for the watchdog.
         """
         waiting: queue.Queue[Any] = queue.Queue(maxsize=self._ahead)
+        budget = ByteBudget(LOOKAHEAD_BYTES)
         with ThreadPoolExecutor(self._threads) as decoders, ThreadPoolExecutor(FETCHERS) as fetchers:
-            reader = flow.start(lambda: self._read(shards, flow, waiting, decoders, fetchers), then=waiting)
+            reader = flow.start(lambda: self._read(shards, flow, waiting, budget, decoders, fetchers), then=waiting)
             try:
-                yield from self._decoded(flow, waiting, at)
+                yield from self._decoded(flow, waiting, budget, at)
             except BaseException:  # of the iterating thread too, which closes us
                 flow.stop()
                 raise
@@ -129,10 +133,10 @@ class LocalFeed:
         shards: Iterable[Shard | None],
         flow: Flow,
         waiting: queue.Queue[Any],
+        budget: ByteBudget,
         decoders: ThreadPoolExecutor,
         fetchers: ThreadPoolExecutor,
     ) -> None:
-        budget = ByteBudget(LOOKAHEAD_BYTES)
         for shard in shards:
             if shard is None:
                 flow.pause(NOTHING_S)
@@ -165,7 +169,9 @@ class LocalFeed:
             )
         return self._isolated if deaths else self._decoder
 
-    def _decoded(self, flow: Flow, waiting: queue.Queue[Any], at: Callable[[str, str], None]) -> Iterator[Fed]:
+    def _decoded(
+        self, flow: Flow, waiting: queue.Queue[Any], budget: ByteBudget, at: Callable[[str, str], None]
+    ) -> Iterator[Fed]:
         while True:
             at("read", self._reading)
             event = flow.get(waiting)
@@ -174,7 +180,8 @@ class LocalFeed:
             reading, sample, future = event
             if sample is None:
                 yield Fed(reading.shard, None, reading.ended)
-            elif reading.error is None:
+                continue
+            if reading.error is None:
                 at("fetch" if sample.url else "decode", reading.shard.name)
                 try:
                     outcome: Outcome = flow.wait(future)
@@ -183,6 +190,8 @@ class LocalFeed:
                     continue
                 reading.fetched_bytes += outcome.size if sample.url else 0
                 yield Fed(reading.shard, sample, outcome)
+            # Of a shard that failed, others are decoded still: nobody waits for them, and their bytes count as well.
+            future.add_done_callback(partial(_give_encoded, budget))
 
 
 def _decode(
@@ -193,7 +202,7 @@ def _decode(
     size: int,
 ) -> Outcome:
     started, cpu = time.perf_counter(), time.thread_time()
-    fetch_s = 0.0
+    fetch_s, kept = 0.0, 0
     data = sample.image
     result: Decoded | Jpeg | Reject
     try:
@@ -203,12 +212,23 @@ def _decode(
             data = fetched.result()
             fetch_s = time.perf_counter() - started
         result, stored = decode(data), len(data)
+        kept = _encoded_bytes(result)
     except Reject as why:
         result, stored = why, len(data) or sample.size
     finally:
         sample.image = b""
-        budget.give(size)
+        budget.give(size - kept)
     return Outcome(result, stored, fetch_s, time.perf_counter() - started - fetch_s, time.thread_time() - cpu)
+
+
+def _encoded_bytes(result: Decoded | Jpeg | Reject) -> int:
+    return len(result.data) if isinstance(result, Jpeg) else 0
+
+
+def _give_encoded(budget: ByteBudget, decoded: "Future[Outcome]") -> None:
+    """Of an image whose bytes were kept until it was handed over, or dropped."""
+    if not decoded.cancelled() and decoded.exception() is None:
+        budget.give(_encoded_bytes(decoded.result().result))
 
 
 def _weight(sample: Sample) -> int:

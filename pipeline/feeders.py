@@ -21,7 +21,6 @@ import numpy as np
 from pipeline.build import build_id
 from pipeline.cluster import check_build, ray
 from pipeline.config import VectorSet
-from pipeline.errors import Reject
 from pipeline.feed import MAX_DEATHS, NOTHING_S, Ended, Fed, LocalFeed, Outcome
 from pipeline.flow import Flow
 from pipeline.images import Decoded
@@ -33,14 +32,21 @@ CHUNK_BYTES = 8 * 2**20  # of pixels, where images are large
 CHUNKS_AHEAD = 2  # of each stream: one on its way, one being filled
 STREAM = {"num_returns": "streaming", "_generator_backpressure_num_objects": CHUNKS_AHEAD}
 STREAMS = 2  # shards under way in a feeder: while one's first bytes are waited for, the other is decoded
+# What tells that a feeder is gone: it died, or Ray ended it for want of memory; its node died, and with it the chunk.
+GONE = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
+ELSEWHERE = np.empty(0, np.uint8)  # in the place of pixels that lie in a chunk's own array
 
 
 class Chunk(NamedTuple):
-    """Consecutive samples of a shard; `outcomes[i].result` is None where pixels are the next of `pixels`."""
+    """Consecutive samples of a shard. Pixels of those that were decoded are the next of `pixels`."""
 
     pixels: np.ndarray  # uint8 (n, C, H, W)
     samples: list[Sample]
-    sizes: list[tuple[int, int]]  # width, height of those with pixels
     outcomes: list[Outcome]
     ended: Ended | None  # with the last one
 
@@ -76,7 +82,7 @@ def _unwatched(stage: str, shard: str) -> None:
 
 
 def _chunk(several: list[Fed]) -> Chunk:
-    samples, sizes, outcomes, pixels, ended = [], [], [], [], None
+    samples, outcomes, pixels, ended = [], [], [], None
     for _, sample, what in several:
         if isinstance(what, Ended) or sample is None:
             ended = what
@@ -84,18 +90,18 @@ def _chunk(several: list[Fed]) -> Chunk:
         samples.append(sample)
         if isinstance(what.result, Decoded):
             pixels.append(what.result.pixels)
-            sizes.append((what.result.width, what.result.height))
-            what = what._replace(result=None)  # type: ignore[arg-type]
+            what = what._replace(result=what.result._replace(pixels=ELSEWHERE))
         outcomes.append(what)
-    stacked = np.stack(pixels) if pixels else np.empty((0,), np.uint8)
-    return Chunk(stacked, samples, sizes, outcomes, ended if isinstance(ended, Ended) else None)
+    stacked = np.stack(pixels) if pixels else ELSEWHERE
+    return Chunk(stacked, samples, outcomes, ended if isinstance(ended, Ended) else None)
 
 
 def _unpacked(shard: Shard, chunk: Chunk) -> Iterator[Fed]:
     at = 0
     for sample, outcome in zip(chunk.samples, chunk.outcomes, strict=True):
-        if not isinstance(outcome.result, Reject):
-            outcome = outcome._replace(result=Decoded(chunk.pixels[at], *chunk.sizes[at]))
+        if isinstance(outcome.result, Decoded):
+            # A copy: a view would keep the whole chunk in Ray's store until its last image has left its batch.
+            outcome = outcome._replace(result=outcome.result._replace(pixels=chunk.pixels[at].copy()))
             at += 1
         yield Fed(shard, sample, outcome)
     if chunk.ended is not None:
@@ -154,12 +160,12 @@ class RemoteFeed:
                 flow.check()
             elif not is_known:
                 is_known = True
-                with suppress(ray.exceptions.RayActorError):  # it died: that is counted against the shard it gets
+                with suppress(*GONE):  # it is gone: that is counted against the shard it gets
                     ray.get(is_up)
             elif (turn := source.take()) is None:
                 flow.pause(NOTHING_S)
             elif turn.deaths >= MAX_DEATHS:
-                source.end()
+                source.end(turn.shard)
                 flow.put(waiting, (turn.shard, _failed(turn.deaths)))
             elif not self._stream(feeder, turn, source, flow, waiting) and self._feeders[slot] is feeder:
                 self._feeders[slot] = self._new()
@@ -175,20 +181,23 @@ class RemoteFeed:
                 flow.put(waiting, (turn.shard, chunk))
                 turn = replace(turn, seen=turn.seen + len(chunk.samples))
                 if chunk.ended is not None:
-                    source.end()
+                    source.end(turn.shard)
                     return True
-        except ray.exceptions.RayActorError:
+        except GONE:
             source.again(replace(turn, deaths=turn.deaths + 1))
             return False
 
 
 def _failed(deaths: int) -> Chunk:
     error = f"read: {deaths} of the processes that read and decode died with this shard, or none could be started"
-    return Chunk(np.empty((0,), np.uint8), [], [], [], Ended(0, 0, 0.0, time.time(), error))
+    return Chunk(ELSEWHERE, [], [], Ended(0, 0, 0.0, time.time(), error))
 
 
 class _Source:
-    """The shards, for several threads; one whose feeder died comes again, from where it was."""
+    """The shards, for several threads; one whose feeder died comes again, from where it was.
+
+    One that is under way here already is dropped: a board that was started again does not know who has what.
+    """
 
     _END = object()
 
@@ -196,7 +205,7 @@ class _Source:
         self._shards, self._deaths = iter(shards), deaths
         self._again: deque[Turn] = deque()
         self._one = threading.Lock()
-        self._under_way, self._is_over = 0, False
+        self._under_way, self._is_over = set[str](), False
 
     @property
     def is_finished(self) -> bool:
@@ -210,15 +219,15 @@ class _Source:
             shard = None if self._is_over else next(self._shards, self._END)
             if shard is self._END:
                 self._is_over = True
-            if not isinstance(shard, Shard):
+            if not isinstance(shard, Shard) or shard.name in self._under_way:
                 return None
-            self._under_way += 1
+            self._under_way.add(shard.name)
             return Turn(shard, deaths=self._deaths(shard.name))
 
     def again(self, turn: Turn) -> None:
         with self._one:
             self._again.append(turn)
 
-    def end(self) -> None:
+    def end(self, shard: Shard) -> None:
         with self._one:
-            self._under_way -= 1
+            self._under_way.discard(shard.name)

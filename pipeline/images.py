@@ -139,7 +139,8 @@ class Decoder:
     def __init__(self, preprocessing: Preprocessing, *, exif_orientation: bool = True, how: str = "exact"):
         """`exif_orientation`: turn images upright as `PIL.ImageOps.exif_transpose` does; else leave them as stored.
 
-        `how`: `--decode`. `exact`, `fast` or `scaled`, within what `resizing.BOUNDS` says of it.
+        `how`: `--decode`. `exact`, `fast` or `scaled`, within what `resizing.BOUNDS` says of it; `cuda` decodes here as
+        `fast` does, what the device does not take.
         """
         from timm.data import create_transform  # here: it takes seconds, and verbs that only read need none of it
 
@@ -181,12 +182,13 @@ class Decoder:
             _refuse_scans(data)
         turn = UPRIGHT.get(frame.orientation or 1) if self.exif_orientation else None
         upright = size[::-1] if turn in SWAPS else size
+        is_direct = self._is_fast and (frame.components == 1) == (self.mode == "L")  # no conversion stands between
         with _room(frame.width * frame.height):
-            factor = self._resizer.factor(*upright) if self.how == "scaled" and self._is_fast else 1
+            factor = self._resizer.factor(*upright) if self.how == "scaled" and is_direct else 1
             pixels = decode(data, frame, factor)
             if pixels is None:
                 return None
-            if self._is_fast and (frame.components == 1) == (self.mode == "L"):
+            if is_direct:
                 return Decoded(self._resizer.fast(pixels, size, turn), *upright)
             return self._resized(to_mode(_turned(as_image(pixels), turn), self.mode))
 

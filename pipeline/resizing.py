@@ -115,6 +115,21 @@ def is_down_first(size: tuple[int, int], across: Side, down: Side) -> bool:
     return height > down.length and height - down.length > 2 * (width - across.length)
 
 
+def why_not_fast(settings: Settings, capability: str | None = None) -> str:
+    """Why a model's images cannot be resized by `Resizer.fast`; "" where they can.
+
+    `capability`: torch's word for a processor's vector instructions; None: of this one.
+    """
+    import torch
+
+    if settings.input_size[0] == 4:
+        return "the model takes RGBA images"
+    if settings.interpolation not in OPERATORS:
+        return f"the model's are resized by {settings.interpolation}"
+    capability = capability or torch.backends.cpu.get_cpu_capability()
+    return "" if capability in KERNELS else f"torch is slow at it on this processor ({capability})"
+
+
 class Resizer:
     """timm's evaluation transform for one model, short of its last step, which belongs on the device.
 
@@ -129,8 +144,7 @@ class Resizer:
         self._filter = PILLOW.get(settings.interpolation)
         operator = OPERATORS.get(settings.interpolation)
         self._operator = operator and getattr(torch.ops.aten, operator)
-        has_kernel = self._operator is not None and torch.backends.cpu.get_cpu_capability() in KERNELS
-        self.is_fast = has_kernel and settings.input_size[0] != 4  # else `fast` is not to be called
+        self.is_fast = not why_not_fast(settings)  # else `fast` is not to be called
         levels = [round(255 * mean) for mean in settings.mean] if settings.crop_mode == "border" else [0]
         self._fill = np.array(levels, np.uint8).reshape(-1, 1, 1)
 

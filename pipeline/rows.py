@@ -28,7 +28,9 @@ from pipeline.shards import Sample
 from pipeline.tensor_rows import PREFIX, TensorWriter, fixed
 
 ROW_GROUP_ROWS = 8192  # 32 MB of 1024-d float32; the contract asks for 4 to 16 thousand
-PACKAGES = ("shard2vec", "torch", "timm", "pillow", "pyarrow", "ray")
+PACKAGES = (
+    *("shard2vec", "torch", "torchvision", "timm", "pillow", "simplejpeg", "openvino", "pyarrow", "ray"),
+)  # what decodes, computes and writes
 
 REJECTS = pa.schema(
     [

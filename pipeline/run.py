@@ -21,7 +21,7 @@ from pipeline.errors import (
 )
 from pipeline.feeders import STREAMS
 from pipeline.journal import Journal
-from pipeline.layout import lay_out, threads_alone
+from pipeline.layout import Layout, lay_out, threads_alone
 from pipeline.listing import Shard, check_columns, list_shards
 from pipeline.lists import FileList
 from pipeline.meters import Meters
@@ -30,7 +30,7 @@ from pipeline.progress import Display, Note, State
 from pipeline.receipts import Ledger
 from pipeline.result import ENDS, Result, dry, plan_line, reasons, report, stalled, summary
 from pipeline.rows import package_versions
-from pipeline.sets import check_device, vector_set
+from pipeline.sets import check_device, decoding_note, vector_set
 from pipeline.speed import Means, Sums
 from pipeline.watch import Failed, watch
 
@@ -153,6 +153,7 @@ def plan(config: RunConfig, say: Callable[[str], None]) -> Run:
     shards = _list(config, root)
     device = site.resolve_device(config)
     check_device(config, device)
+    site.check_decoding(config, device)
     module = weights.load_module(config.model, config.weights, config.adapt)
     vectors, labels = vector_set(config, module, site.resolve_precision(config, device, say))
     todo = _todo(root, vectors, shards)
@@ -160,8 +161,10 @@ def plan(config: RunConfig, say: Callable[[str], None]) -> Run:
     if todo and engine != "eager":
         if engine == "compile":
             say(f"compiling {config.model}: about a minute, the first time")
-        threads = _threads(config, device, shards, say)
-        engine, fallback = site.resolve_engine(config, module, vectors, device, threads, say)
+        threads, share = _worker(config, device, shards, todo, say)
+        engine, fallback = site.resolve_engine(config, module, vectors, device, threads, share, say)
+    if todo and (note := decoding_note(vectors, is_here=not cluster.is_shared())):
+        say(note)
     if fallback:
         say(fallback)
         vectors = replace(vectors, engine=engine)
@@ -184,12 +187,24 @@ def plan(config: RunConfig, say: Callable[[str], None]) -> Run:
     )
 
 
-def _threads(config: RunConfig, device: str, shards: Sequence[Shard], say: Callable[[str], None]) -> int:
-    """Of each worker: compiled code goes by them."""
-    if cluster.is_shared():
-        nodes = site.nodes_for(config, device, say)
-        return lay_out(config, device, nodes, len(shards), len(shards), cluster.can_grow()).threads
-    return threads_alone(config, machine.cores(), machine.memory_bytes(), len(shards))
+def _worker(
+    config: RunConfig, device: str, shards: Sequence[Shard], todo: Sequence[Shard], say: Callable[[str], None]
+) -> tuple[int, float]:
+    """Of each: torch's threads, and its share of a GPU. Compiled code goes by the ones, its batch by the other."""
+    if device == "cpu" and not cluster.is_shared():
+        return threads_alone(config, machine.cores(), machine.memory_bytes(), len(shards)), 1.0
+    nodes = site.nodes_for(config, device, say) if cluster.is_shared() else [site.here()]
+    layout = lay_out(config, device, nodes, len(shards), len(todo), cluster.can_grow())
+    return _torch_threads(device, layout), _gpu_share(device, layout)
+
+
+def _torch_threads(device: str, layout: Layout) -> int:
+    """Threads that decode call torch's resize, each for itself; on a GPU the forward pass takes none of the CPU's."""
+    return 1 if device == "cuda" else layout.threads
+
+
+def _gpu_share(device: str, layout: Layout) -> float:
+    return min(1.0, layout.gpus or 1 / layout.actors[1]) if device == "cuda" else 1.0
 
 
 def _todo(root: Root, vectors: VectorSet, shards: Sequence[Shard]) -> list[Shard]:
@@ -224,9 +239,8 @@ def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], Non
             device=run.device,
             batch_size=run.config.batch_size,
             decode_threads=threads,
-            # Threads that decode call torch's resize, each for itself; the forward pass takes none of the CPU's.
-            torch_threads=1 if run.device == "cuda" else threads,
-            gpu_share=min(1.0, layout.gpus or 1 / most),
+            torch_threads=_torch_threads(run.device, layout),
+            gpu_share=_gpu_share(run.device, layout),
             feeders=layout.feeders,
         )
         content = site.share(staged) if cluster.is_shared() else None

@@ -4,7 +4,9 @@ import torch
 
 from pipeline import backbone, weights
 from pipeline.config import OUTPUTS, RunConfig, VectorSet
+from pipeline.cuda_images import why_not_there
 from pipeline.errors import UsageError
+from pipeline.resizing import KERNELS, why_not_fast
 from pipeline.storage import digest, redact
 
 
@@ -16,6 +18,20 @@ def check_device(config: RunConfig, device: str) -> None:
         raise UsageError("--decode cuda: the device is the CPU; --decode fast decodes there")
     if config.decode == "cuda" and config.feeders:
         raise UsageError(f"--decode cuda: --feeders {config.feeders} send decoded images; use --decode fast with them")
+
+
+def decoding_note(vectors: VectorSet, is_here: bool) -> str:
+    """A sentence where this model, or this processor if it `is_here` that images are decoded, gets a slower way than
+    `--decode` names; "" where it does not.
+
+    The vectors are within the bound of what was asked for all the same.
+    """
+    told, how = list[str](), vectors.decode
+    if how == "cuda" and (why := why_not_there(vectors.preprocessing)):
+        told.append(f"{why}, which the processor decodes and not the device")
+    if how != "exact" and (why := why_not_fast(vectors.preprocessing, None if is_here else KERNELS[0])):
+        told.append(f"{why}: they are resized as by exact, which takes longer")
+    return f"--decode {how}: {'; '.join(told)}" if told else ""
 
 
 def vector_set(config: RunConfig, module: torch.nn.Module, precision: str) -> tuple[VectorSet, tuple[str, ...]]:

@@ -3,13 +3,14 @@
 The driver's machine may have no GPU, or another processor than the nodes: what depends on it is asked there.
 """
 
+import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pipeline import backbone, cluster, engines, weights
+from pipeline import backbone, cluster, cuda_images, engines, machine, weights
 from pipeline.cluster import ray
 from pipeline.config import RunConfig, VectorSet
 from pipeline.errors import Stalled, UsageError
@@ -75,12 +76,41 @@ def nodes_for(config: RunConfig, device: str, say: Callable[[str], None]) -> lis
         _anywhere(ask, device, config, say)
 
 
+def check_decoding(config: RunConfig, device: str) -> None:
+    """Raises `UsageError` where `--decode cuda` finds no decoder, on this machine or a node that is there now."""
+    if config.decode != "cuda":
+        return
+
+    def ask() -> None:
+        cuda_images.check_decoder(torch.device(device))
+
+    if cluster.is_shared():
+        cluster.on_nodes(ask, [node.id for node in cluster.nodes() if node.gpus], num_gpus=A_BIT)
+    else:
+        ask()
+        torch.cuda.empty_cache()
+
+
+def here() -> Node:
+    """This machine, as Ray will find it."""
+    memory = machine.memory_bytes()
+    return Node(
+        id="here",
+        name=platform.node(),
+        cpus=machine.cores(),
+        gpus=torch.cuda.device_count(),
+        memory=memory,
+        lendable=memory,
+    )
+
+
 def resolve_engine(
     config: RunConfig,
     module: torch.nn.Module,
     vectors: VectorSet,
     device: str,
     threads: int,
+    share_of_gpu: float,
     say: Callable[[str], None],
 ) -> tuple[str, str]:
     """`engines.resolve_engine` on a machine of the kind that computes; on a cluster the weights travel there."""
@@ -89,7 +119,11 @@ def resolve_engine(
         "device": device,
         "batch_size": config.batch_size,
         "threads": threads,
+        "weights_sha256": vectors.weights_sha256,
         "tensors": vectors.tensors,
+        "classes": bool(vectors.top_k),
+        "top_k": vectors.top_k,
+        "share": share_of_gpu,
     }
     if not cluster.is_shared() or config.engine == "eager":
         return engines.resolve_engine(config.engine, module, **settings)

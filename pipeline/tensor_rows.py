@@ -23,16 +23,16 @@ ARROW_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
 def tensor_schema(columns: Sequence[TensorColumn]) -> pa.Schema:
     """`id`, then one fixed-size list a column."""
-    columns = [pa.field(f.column, pa.list_(ARROW_TYPES[f.dtype], f.size), nullable=False) for f in columns]
+    columns = [pa.field(c.column, pa.list_(ARROW_TYPES[c.dtype], c.size), nullable=False) for c in columns]
     return pa.schema([pa.field("id", pa.string(), nullable=False), *columns])
 
 
 def tensor_metadata(columns: Sequence[TensorColumn]) -> dict[str, str]:
     """JSON by column: `shapes` of one row, `layouts` of a batch, `sources`; lists where a column holds several."""
-    several = {f.column: len(f.shapes) > 1 for f in columns}
-    shapes = {f.column: f.shapes if several[f.column] else f.shapes[0] for f in columns}
-    layouts = {f.column: f.layouts if several[f.column] else f.layouts[0] for f in columns}
-    entries = {"shapes": shapes, "layouts": layouts, "sources": {f.column: f.source for f in columns}}
+    several = {c.column: len(c.shapes) > 1 for c in columns}
+    shapes = {c.column: c.shapes if several[c.column] else c.shapes[0] for c in columns}
+    layouts = {c.column: c.layouts if several[c.column] else c.layouts[0] for c in columns}
+    entries = {"shapes": shapes, "layouts": layouts, "sources": {c.column: c.source for c in columns}}
     return {PREFIX + name: json.dumps(value) for name, value in entries.items()}
 
 
@@ -41,14 +41,14 @@ class TensorWriter:
 
     def __init__(self, columns: Sequence[TensorColumn], path: Path, metadata: dict[str, str]):
         self._columns, self._schema = tuple(columns), tensor_schema(columns)
-        row_bytes = sum(f.size * np.dtype(f.dtype).itemsize for f in columns)
+        row_bytes = sum(c.size * np.dtype(c.dtype).itemsize for c in columns)
         self._group = max(1, min(GROUP_ROWS, GROUP_BYTES // row_bytes))
-        self._values = [np.empty((self._group, f.size), f.dtype) for f in columns]
+        self._values = [np.empty((self._group, c.size), c.dtype) for c in columns]
         self._ids: list[str] = []
         # Another version of a package may give other values for the same rows.
         self._digest = hashlib.sha256(metadata.get(f"{PREFIX}packages", "").encode())
         # float16 with BYTE_STREAM_SPLIT breaks DuckDB's reader; of float32 it saves a sixth.
-        split = {f"{f.column}.list.element": "BYTE_STREAM_SPLIT" for f in columns if f.dtype == "float32"}
+        split = {f"{c.column}.list.element": "BYTE_STREAM_SPLIT" for c in columns if c.dtype == "float32"}
         self._writer = pq.ParquetWriter(
             path,
             self._schema.with_metadata(metadata | tensor_metadata(columns)),

@@ -3,24 +3,20 @@
 Every worker of a run, and of the runs after it, takes what the first one found, so all compute with the same kernels.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.cache import cache_folder
+from pipeline import findings
 from pipeline.config import MAX_BATCH
 from pipeline.device import is_out_of_memory
 
+FOLDER = "tuned"  # of the cache
 CUDA_BATCHES = (64, 128, 256, 512, 1024, 2048, MAX_BATCH)
 WORTH_DOUBLING = 1.05  # a larger batch is taken while it gives at least 5 % more images/s
 WORTH_CHANNELS_LAST = 1.03  # … and the other layout where it gives 3 %: timing alone moves by one or two
@@ -38,62 +34,57 @@ class Tuned:
 
 
 def key_of(module: torch.nn.Module, device: torch.device, **settings: Any) -> dict[str, Any]:
-    """What the measurement depends on; of the weights only their names and shapes. `settings` go into JSON."""
+    """What the measurement depends on; of the weights only their names and shapes. `settings`: JSON's types."""
     shapes = sorted((name, list(tensor.shape)) for name, tensor in module.state_dict().items())
     properties = torch.cuda.get_device_properties(device)
-    return json.loads(  # as it is read back
-        json.dumps(
-            {
-                "architecture": (getattr(module, "pretrained_cfg", None) or {}).get("architecture", ""),
-                "shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
-                "device": properties.name,
-                "memory": properties.total_memory,
-                "torch": torch.__version__,
-                **settings,
-            }
-        )
-    )
+    return {
+        "architecture": (getattr(module, "pretrained_cfg", None) or {}).get("architecture", ""),
+        "shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+        "device": properties.name,
+        "memory": properties.total_memory,
+        "torch": torch.__version__,
+        **settings,
+    }
 
 
-def tuned(key: dict[str, Any], search: Callable[[], Tuned]) -> Tuned:
-    """What is remembered for `key`, else what `search` finds, by one process of the node while others wait."""
+def tuned(key: dict[str, Any], search: Callable[[], tuple[Tuned, bool]]) -> Tuned:
+    """What is remembered for `key`, else what `search` finds, by one process of the node while others wait: workers
+    that start together would measure each other.
+
+    `search` also says whether its finding lasts: what a passing lack of memory made of it is not remembered.
+    """
     found = recall(key)
     if found is None:
-        with _alone(key):
+        with findings.alone(FOLDER, key):
             found = recall(key)
             if found is None:
-                found = search()
-                remember(key, found)
+                found, lasts = search()
+                if lasts:
+                    findings.remember(FOLDER, key, asdict(found))
     return found
 
 
 def recall(key: dict[str, Any]) -> Tuned | None:
-    """None where nothing is remembered, or the file is damaged."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        said = json.loads(_path(key).read_bytes())
-        size, layout = said["batch_size"], said["channels_last"]
-        if said["key"] == key and type(size) is int and 1 <= size <= MAX_BATCH and type(layout) is bool:
-            return Tuned(size, layout)
+    """None where nothing that can be is remembered."""
+    said = findings.recall(FOLDER, key) or {}
+    size, layout = said.get("batch_size"), said.get("channels_last")
+    if type(size) is int and 1 <= size <= MAX_BATCH and type(layout) is bool:
+        return Tuned(size, layout)
     return None
 
 
-def remember(key: dict[str, Any], found: Tuned) -> None:
-    """The file is there whole or not at all; a cache that takes none costs the next worker its search."""
-    with contextlib.suppress(OSError):
-        path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as partial:
-            json.dump({"key": key, **asdict(found)}, partial)
-        os.replace(partial.name, path)
+def best_batch_size(images_per_s: Callable[[int], float]) -> int | None:
+    """The smallest of `CUDA_BATCHES` after which doubling no longer pays; half of the smallest until one fits.
 
-
-def best_batch_size(images_per_s: Callable[[int], float]) -> int:
-    """The smallest of `CUDA_BATCHES` after which doubling no longer pays; half of the smallest until one fits."""
+    None where not even one image does.
+    """
     best = CUDA_BATCHES[0]
     speed = images_per_s(best)
     while speed == 0 and best > 1:
         best //= 2
         speed = images_per_s(best)
+    if speed == 0:
+        return None
     for size in CUDA_BATCHES[1:]:
         if size != 2 * best:
             break
@@ -128,20 +119,3 @@ def images_per_s(forward: Callable[[], Any], images: int, device: torch.device, 
     seconds = time.perf_counter() - started
     taken = torch.cuda.max_memory_reserved(device) - held
     return TIMED * images / seconds if taken <= ROOM_USED * room else 0.0
-
-
-def _path(key: dict[str, Any]) -> Path:
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_folder() / "tuned" / f"{name}.json"
-
-
-@contextlib.contextmanager
-def _alone(key: dict[str, Any]) -> Iterator[None]:
-    """Workers that start together would measure each other; the lock of one that dies is free again."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # no such folder, no such lock: then each measures for itself
-            path = _path(key).with_suffix(".lock")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(path.open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -12,7 +12,8 @@ import platform
 import re
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _state_from_url(url: str) -> State:
         content = read_bytes(url)
     except (OSError, StorageError) as e:
         raise UsageError(f"weights {redact(url)} cannot be read: {line(e)}") from e
-    suffix = ".safetensors" if ".safetensors" in url else ".pth"
+    suffix = ".safetensors" if url.partition("?")[0].endswith(".safetensors") else ".pth"
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / f"weights{suffix}"
         local.write_bytes(content)
@@ -157,7 +158,10 @@ def sha256(state: dict[str, Any]) -> str:
 
 
 def stage(module: torch.nn.Module, digest: str) -> Path:
-    """Leaves the module's weights, whose SHA-256 is `digest`, in this node's cache; returns the safetensors file."""
+    """Leaves the module's weights, whose SHA-256 is `digest`, in this node's cache; returns the safetensors file.
+
+    Raises `StorageError` or `OSError` where the disk does not take it; nothing of it stays there.
+    """
     state = module.state_dict()
     folder = cache_folder() / "weights"
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,9 +169,11 @@ def stage(module: torch.nn.Module, digest: str) -> Path:
     if final.exists():
         final.touch()
     else:
-        partial = _partial(final)
-        safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, partial)
-        _publish(partial, final)
+        with _partial(final) as partial:
+            try:
+                safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, partial)
+            except safetensors.SafetensorError as e:  # a full disk, too
+                raise StorageError(f"weights cannot be kept in {folder}: {line(e)}") from e
     clear_old(folder)
     return final
 
@@ -183,30 +189,34 @@ def receive(digest: str, content: Callable[[], "bytes | memoryview"]) -> Path:
     with (folder / f".{digest}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of one who dies it is free again
         if not final.exists():
-            partial = _partial(final)
-            partial.write_bytes(content())
-            try:
-                found = sha256(safetensors.torch.load_file(partial))
-            except safetensors.SafetensorError as e:
-                found = line(e)
-            if found != digest:
-                partial.unlink()
-                raise StorageError(f"weights that came to {platform.node()} are damaged: {found} for {digest}")
-            _publish(partial, final)
+            with _partial(final) as partial:
+                partial.write_bytes(content())
+                try:
+                    found = sha256(safetensors.torch.load_file(partial))
+                except safetensors.SafetensorError as e:
+                    found = line(e)
+                if found != digest:
+                    raise StorageError(f"weights that came to {platform.node()} are damaged: {found} for {digest}")
     final.touch()
     clear_old(folder)
     return final
 
 
-def _partial(final: Path) -> Path:
-    """Beside it, under a name that no process on any machine has: the folder may be shared."""
-    return final.with_name(f".{final.stem}.{secrets.token_hex(8)}")
+@contextmanager
+def _partial(final: Path) -> Iterator[Path]:
+    """The path of a file beside it, that takes its place when the context ends well; on an error nothing stays.
 
-
-def _publish(partial: Path, final: Path) -> None:
-    with open(partial, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, final)
+    It has a name that no process on any machine has: the folder may be shared.
+    """
+    partial = final.with_name(f".{final.stem}.{secrets.token_hex(8)}")
+    try:
+        yield partial
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, final)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load_staged(model: str, path: Path, adapt: Adapt = OWN) -> torch.nn.Module:

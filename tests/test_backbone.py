@@ -11,7 +11,7 @@ from pipeline.architecture import build
 from pipeline.backbone import Backbone, facts_of, read_labels, resolve_device, resolve_precision
 from pipeline.config import Adapt
 from pipeline.engines import Eager
-from pipeline.errors import UsageError
+from pipeline.errors import NoRoom, UsageError
 from pipeline.features import Body, Taps
 from pipeline.images import Decoder
 
@@ -155,14 +155,16 @@ def test_an_engine_is_made_again_for_half_the_batch(fits: int, monkeypatch: pyte
 
 
 def test_out_of_memory_with_a_single_image_is_raised() -> None:
-    """Nothing can be halved below one image: the error is the user's to see."""
+    """Nothing can be halved below one image: the user sees a sentence, from a graph that does not fit too."""
 
     class NoMemory(Ties):
         def forward_features(self, x: torch.Tensor) -> torch.Tensor:
             raise torch.OutOfMemoryError("simulated")
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(NoRoom, match=r"cpu has no room for one image beside the model, .*: simulated"):
         Backbone(NoMemory(), batch_size=4)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(NoRoom, match="cpu has no room for one image with --engine openvino"):
+        Backbone(NoMemory(), engine="openvino", batch_size=4)
 
 
 def test_images_of_another_size_are_refused() -> None:

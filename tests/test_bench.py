@@ -3,12 +3,21 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import made
+import oracle
 import pytest
+import torch
 from containers import write_tar
+from pictures import jpeg
 from test_jobs import call
 
-from pipeline import machine
+from pipeline import bench, machine, measure
+from pipeline.backbone import Backbone
+from pipeline.ceiling import Forward
+from pipeline.errors import NoRoom, UsageError
+from pipeline.images import Decoder
 
 
 def test_bench_ends_in_a_command_that_runs(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +38,87 @@ def test_bench_ends_in_a_command_that_runs(shards: Path, tmp_path: Path, monkeyp
     words = shlex.split(told["command"].replace("--output out", f"--output {tmp_path / 'out'} --weights random:0"))
     code, out, err = call(*words[1:], "--dry-run", "--json")
     assert code == 0 and json.loads(out)["shards_to_embed"] == 3, err
+
+
+class Moved(torch.nn.Module):
+    """Tells where it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[object] = []
+
+    def to(self, place: object) -> "Moved":  # type: ignore[override]
+        self.places.append(place)
+        return self
+
+    def cpu(self) -> "Moved":
+        return self.to("cpu")
+
+
+def half_a_bench(**more: object) -> SimpleNamespace:
+    """What the methods of `Bench` that are called here look at."""
+    forward = Forward(
+        engine="compile", precision="fp32", batch_size=2, start_s=1.0, cost=measure.Cost(2, 1.0, 1.0), cosine=1.0
+    )
+    known = {
+        "asked": SimpleNamespace(decode=None, seconds=0.1), "notes": [], "say": lambda line: None, "device": "cuda",
+        "room": SimpleNamespace(gpus=1, cores=1), "vectors": made.vector_set(), "module": Moved(),
+        "_fastest": lambda forwards: forward, "_decoder": lambda how: Decoder(made.vector_set().preprocessing, how=how),
+    }  # fmt: skip
+    return SimpleNamespace(**known | more)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_the_model_is_on_the_device_again_after_a_proof(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof leaves it on the CPU, and what is measured next was made before it, of the same module."""
+    asked: list[dict[str, object]] = []
+
+    def resolve(engine: str, module: Moved, **settings: object) -> tuple[str, str]:
+        asked.append(settings)
+        module.cpu()
+        return engine, ""
+
+    monkeypatch.setattr(bench, "resolve_engine", resolve)
+    one = half_a_bench(room=SimpleNamespace(gpus=gpus, cores=1))
+    bench.Bench._proven(one, [])  # type: ignore[arg-type]
+    assert one.module.places == ["cpu", "cuda"]
+    assert asked[0]["classes"] is True and asked[0]["top_k"] == 5
+    assert asked[0]["threads"] == (1 if gpus else torch.get_num_threads())
+
+
+@pytest.mark.parametrize("decode", [None, "cuda"])
+def test_a_machine_without_the_devices_decoder_is_measured_without_it(
+    decode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note says why; who asked for it alone hears nothing else."""
+
+    def lacks(*_: object) -> None:
+        raise UsageError("--decode cuda: this torchvision decodes no JPEG on cuda")
+
+    monkeypatch.setattr(bench, "DeviceImages", lacks)
+    one = half_a_bench(asked=SimpleNamespace(decode=decode, seconds=0.1))
+    backbone, image = Backbone(oracle.module(made.MODEL), batch_size=2), jpeg(200, 150)
+    pixels = [one._decoder("exact")(image)] * 2
+    reference = measure.embeddings(backbone, pixels, 0.01)
+    found = bench.Bench._decodings(one, [image] * 2, pixels, backbone, reference)  # type: ignore[arg-type]
+    if decode:
+        with pytest.raises(UsageError, match="this torchvision"):
+            list(found)
+    else:
+        assert [d.decode for d in found] == ["exact", "fast", "scaled"]
+        assert one.notes == ["cuda was left out: --decode cuda: this torchvision decodes no JPEG on cuda"]
+
+
+def test_a_full_device_is_a_sentence(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 1, for others may leave it; with --json as an object too."""
+
+    def full(*_: object) -> None:
+        raise NoRoom("NVIDIA H100 has no room for the model, 0.1 of its 80.0 GB are free: CUDA out of memory.")
+
+    monkeypatch.setattr(bench.Bench, "__init__", full)
+    code, out, err = call("bench", "--input", shards, "--model", "test_vit", "--json")
+    assert code == 1 and "Traceback" not in err and err.endswith("are free: CUDA out of memory.\n")
+    assert json.loads(out)["exit_code"] == 1
 
 
 @pytest.mark.gpu

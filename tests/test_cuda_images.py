@@ -6,22 +6,16 @@ device's own arithmetic is tested anywhere; that is for the tests marked `gpu`, 
 
 import contextlib
 from dataclasses import replace
-from pathlib import Path
 
-import made
 import numpy as np
 import oracle
-import pyarrow.parquet as pq
 import pytest
 import torch
-from containers import write_tar
 from pictures import broken, jpeg, oriented, photo, png, sound
 from PIL import Image
-from test_device import LazyCuda
 
-from pipeline import cuda_images, embed
+from pipeline import cuda_images
 from pipeline.backbone import Backbone
-from pipeline.config import RunConfig
 from pipeline.cuda_images import (
     LEAST_COSINE,
     MEAN_LEVELS,
@@ -31,13 +25,13 @@ from pipeline.cuda_images import (
     HeaderDecoder,
     Jpeg,
     OnDevice,
+    check_decoder,
     decode_jpegs,
     turned,
 )
 from pipeline.device import Staging
-from pipeline.errors import Reject, UsageError
-from pipeline.images import Decoded, Decoder, Preprocessing
-from pipeline.listing import list_shards
+from pipeline.errors import NoRoom, Reject, UsageError
+from pipeline.images import Decoder, Preprocessing
 from pipeline.resizing import Turn
 
 CPU = torch.device("cpu")
@@ -216,81 +210,33 @@ def test_memory_that_runs_out_on_the_device_leaves_the_images_to_the_cpu(monkeyp
     assert all(np.array_equal(one.pixels, fast(data).pixels) for one, data in zip(found, given, strict=True))
 
 
-def test_a_torchvision_without_nvjpeg_is_said_at_the_start() -> None:
+LACKS = (
+    RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support\nat image.cpp"),
+    ImportError("libnvjpeg.so.13: cannot open shared object file"),
+    AttributeError("'_OpNamespace' 'image' object has no attribute 'decode_jpegs_cuda'"),
+)
+
+
+@pytest.mark.parametrize("error", LACKS)
+def test_a_torchvision_without_nvjpeg_is_said_at_the_start(error: Exception) -> None:
     """Not image by image, and never silently on the CPU."""
 
     def lacks(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
+        raise error
 
-    with pytest.raises(RuntimeError, match=r"--decode cuda: this torchvision decodes no JPEG on cpu: .*nvJPEG"):
-        DeviceImages(MODEL, CPU, Decoder(MODEL), lacks)
-
-
-# through the pipeline
+    for check in (lambda: DeviceImages(MODEL, CPU, Decoder(MODEL), lacks), lambda: check_decoder(CPU, lacks)):
+        with pytest.raises(UsageError, match=r"--decode cuda: this torchvision decodes no JPEG on cpu \(.*\): choose"):
+            check()
 
 
-class CpuAsCuda(LazyCuda):
-    """Streams that work at once, as the backbone here does."""
+def test_a_full_device_is_no_lack_of_a_decoder() -> None:
+    """It is told as what it is."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source)
+    def full(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-
-def test_the_pipeline_gives_the_files_of_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU as the device: its rows have the bits of `exact`, the others' those of `fast`, all in order.
-
-    What the device gives up and the CPU then refuses is a reject, in its place among those that were found sooner.
-    """
-    given = jpegs()
-    given["unreadable"] = jpeg(150, 100, seed=99)
-    others = {"png": png(120, 90), "cut": given["photo_0"][:900], "text": b"no image\n"}
-    given |= others
-    order = [*given][::3] + [*given][1::3] + [*given][2::3]
-    write_tar(tmp_path / "in" / "x.tar", {f"{name}.jpg": given[name] for name in order})
-
-    def fails(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        if any(bytes(d.numpy()) == given["unreadable"] for d in data):
-            raise RuntimeError("Failed to decode batch: 2")
-        return decode_jpegs(data, device)
-
-    def cpu(data: bytes) -> Decoded:
-        assert data == given["unreadable"]
-        raise Reject("corrupt", "decode", "JPEG: nothing in it")
-
-    def staging(backbone: Backbone, _: None) -> Staging:
-        return Staging(backbone, DeviceImages(backbone.preprocessing, CPU, cpu, fails), cuda=CpuAsCuda())
-
-    rows, rejects = {}, []
-    for how in ("exact", "fast", "cuda"):
-        job = made.job(tmp_path / how, decode=how)
-        if how == "cuda":
-            monkeypatch.setattr(embed, "_device_images", lambda *_: None)
-            monkeypatch.setattr(embed, "Staging", staging)
-        (receipt,) = made.receipts(made.embedder(job, pad=True), list_shards([str(tmp_path / "in")]))
-        assert receipt.error is None and receipt.files.counts.samples == len(given)
-        read = {
-            k: pq.read_table(tmp_path / how / receipt.files.names[k]).to_pylist() for k in ("embeddings", "rejects")
-        }
-        rows[how] = {row["key"]: row for row in read["embeddings"]}
-        rejects = [row["key"] for row in read["rejects"]]
-    assert [*rows["cuda"]] == [name for name in order if name not in ("cut", "text", "unreadable")]
-    for name, row in rows["cuda"].items():
-        assert row == rows["fast" if name in others else "exact"][name], name
-    assert rejects == [name for name in order if name in ("cut", "text", "unreadable")]
-
-
-def test_decoding_on_a_device_needs_one(tmp_path: Path) -> None:
-    """--decode cuda on the CPU, or with feeders, ends before any work."""
-    write_tar(tmp_path / "in" / "x.tar", {"a.jpg": jpeg()})
-    pytest.importorskip("ray")
-    from pipeline import run
-
-    config = RunConfig(
-        inputs=(str(tmp_path / "in"),), output=str(tmp_path / "out"), model=made.MODEL, weights="random:0",
-        decode="cuda", device="cpu",
-    )  # fmt: skip
-    with pytest.raises(UsageError, match="--decode cuda: the device is the CPU"):
-        run.plan(config)
+    with pytest.raises(NoRoom, match="has no room for the decoder of JPEGs"):
+        check_decoder(torch.device("cuda", 0), full)
 
 
 # on a device

@@ -7,6 +7,7 @@ somebody waits for it, and not before. What is reused too early, or read too ear
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from pictures import jpeg
 from pipeline import device, embed
 from pipeline.backbone import Backbone, Vectors, resolve_device
 from pipeline.device import Staging, is_out_of_memory, out_of_memory_explained
-from pipeline.errors import UsageError
+from pipeline.errors import NoRoom, UsageError
 from pipeline.images import Decoded
 
 SHAPE = (3, 4, 4)
@@ -275,9 +276,21 @@ def test_other_errors_are_no_lack_of_memory() -> None:
 
 def test_a_device_without_room_says_so() -> None:
     """The sentence names the device and what did not fit, whatever torch can still tell about it."""
-    said = pytest.raises(RuntimeError, match=r" has no room for the model.*Tried to allocate")
+    said = pytest.raises(NoRoom, match=r" has no room for the model.*Tried to allocate")
     with said, out_of_memory_explained(torch.device("cuda", 0), "the model"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+
+def test_float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was set before, by which of torch's names: no product or convolution is of TF32, and none warns."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    for before in (lambda: setattr(matmul, "allow_tf32", True), lambda: setattr(matmul, "fp32_precision", "tf32")):
+        before()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            device.keep_float32()
+        assert matmul.fp32_precision != "tf32" and cudnn.conv.fp32_precision != "tf32"
+        assert not matmul.allow_tf32 and not cudnn.allow_tf32  # reading these refuses a mixture
 
 
 def test_pinned_memory_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +300,7 @@ def test_pinned_memory_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(RuntimeError, match=r"37 MB of pinned host memory cannot be had .*smaller --batch-size"):
+    with pytest.raises(NoRoom, match=r"37 MB of pinned host memory cannot be had .*smaller --batch-size"):
         device.Cuda.pinned(None, (256, 3, 224, 224), torch.uint8)  # type: ignore[arg-type]
 
 
@@ -376,7 +389,7 @@ def test_cuda_without_room_says_so(cache: Path, full_device: Callable[[int], Non
     """A device whose memory others hold: one sentence with the figures."""
     module = oracle.module("vgg11")  # 0.5 GB
     full_device(100 * 2**20)
-    with pytest.raises(RuntimeError, match=r"has no room for the model, .* of its .* GB are free"):
+    with pytest.raises(NoRoom, match=r"has no room for the model, .* of its .* GB are free"):
         Backbone(module, device="cuda")
 
 
@@ -386,7 +399,7 @@ def test_cuda_keeps_to_its_share(cache: Path) -> None:
     device_ = torch.device("cuda", torch.cuda.current_device())
     _, total = torch.cuda.mem_get_info()
     try:
-        room = device.limit_memory(device_, 1 / 3)
+        room = device.limit_memory(device_, 1 / 3).bytes
         assert total / 6 <= room < total / 3
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(int(0.4 * total), dtype=torch.uint8, device="cuda")

@@ -295,6 +295,45 @@ def test_the_reader_does_not_run_away(tmp_path: Path, monkeypatch: pytest.Monkey
     assert max(ahead) <= 4 + 4 * feed_module.LOOKAHEAD_BATCHES + 2
 
 
+def device_feed(monkeypatch: pytest.MonkeyPatch, limit: int) -> tuple[feed_module.LocalFeed, list[ByteBudget]]:
+    """A feed whose JPEGs stay encoded, with so many bytes of them; its budgets, a call each."""
+    budgets: list[ByteBudget] = []
+    monkeypatch.setattr(feed_module, "LOOKAHEAD_BYTES", limit)
+    monkeypatch.setattr(feed_module, "ByteBudget", lambda limit: budgets.append(ByteBudget(limit)) or budgets[-1])
+    return feed_module.LocalFeed(made.vector_set(decode="cuda"), 2, batch_size=64), budgets
+
+
+def test_images_for_the_device_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded, they count until they are handed over: large ones do not fill the memory while the device is busy."""
+    image = jpeg(400, 300, quality=95)
+    write_tar(tmp_path / "in" / "x.tar", {f"{i:02d}.jpg": image for i in range(40)})
+    feed, budgets = device_feed(monkeypatch, 5 * len(image))
+    held = []
+    for _, sample, _ in feed(list_shards([str(tmp_path / "in")]), Flow(), lambda stage, shard: None):
+        time.sleep(0.005 if sample else 0)
+        held.append(budgets[0]._taken)
+    assert len(held) == 41 and max(held) == 5 * len(image) and budgets[0]._taken == 0
+
+
+def test_a_shard_that_fails_gives_its_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of images that nobody takes any more, too: the next shard is read."""
+    image, last = jpeg(400, 300, quality=95), jpeg(400, 300, seed=1)
+    write_tar(tmp_path / "in" / "x.tar", {"a.jpg": last} | {f"{i:02d}.jpg": image for i in range(40)})
+    write_tar(tmp_path / "in" / "y.tar", {"a.jpg": image})
+    feed, budgets = device_feed(monkeypatch, 100 * len(image))
+    decode = feed._decoder
+
+    def fails(data: bytes) -> object:
+        if data == last:
+            raise OSError("simulated")
+        return decode(data)
+
+    feed._decoder = fails  # type: ignore[assignment]
+    fed = list(feed(list_shards([str(tmp_path / "in")]), Flow(), lambda stage, shard: None))
+    assert [what.error if sample is None else sample.key for _, sample, what in fed] == ["decode: simulated", "a", None]
+    assert budgets[0]._taken == 0
+
+
 def test_several_epochs_of_a_job_read_back_as_one_dataset(tmp_path: Path, shards: Path) -> None:
     """A version made of these files opens as a dataset with every id once."""
     from pipeline.versions import commit

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -14,10 +16,13 @@ import torch
 from typer.testing import CliRunner
 
 from jobs.__main__ import app
-from pipeline import engines, run, versions
+from pipeline import embed, engines, run, versions
 from pipeline.backbone import Backbone, Facts, facts_of
+from pipeline.cache import KEEP_S
 from pipeline.config import RunConfig
-from pipeline.engines import STATED_ERROR, OpenVINO, Unavailable, resolve_engine
+from pipeline.embed import Job
+from pipeline.engines import STATED_ERROR, Bound, OpenVINO, Unavailable, resolve_engine
+from pipeline.errors import NoRoom
 from pipeline.features import feature_names
 from pipeline.images import Decoder
 from pipeline.output import Root
@@ -183,6 +188,56 @@ def test_an_engine_that_cannot_be_had_is_named_with_its_reason(
     assert why in sentence and "\n" not in sentence
 
 
+def test_an_engine_that_is_too_far_off_is_proven_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same weights get the same sentence without a proof; others, and other settings, get a proof."""
+    monkeypatch.setenv("SHARD2VEC_CACHE", str(tmp_path))
+    settings: dict[str, Any] = {"precision": "fp32", "device": "cpu", "batch_size": 2, "weights_sha256": "a" * 64}
+    first = resolve_engine("openvino", Breaks(), **settings)
+    assert first[0] == "eager" and "promises" in first[1]
+    proven: list[dict[str, Any]] = []
+    monkeypatch.setattr(engines, "_prove", lambda engine, module, bound, given: proven.append(given))
+    assert resolve_engine("openvino", Breaks(), **settings) == first and not proven
+    for other in ({"weights_sha256": "b" * 64}, {"threads": 2}, {"precision": "bf16"}, {"batch_size": None}):
+        assert resolve_engine("openvino", Breaks(), **settings | other) == ("openvino", "")
+    assert len(proven) == 4
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), NoRoom("no room for the model")]
+)
+def test_a_full_device_makes_a_run_eager_for_once(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One sentence says so; when there is room again, so is the engine."""
+    monkeypatch.setenv("SHARD2VEC_CACHE", str(tmp_path))
+    settings: dict[str, Any] = {"precision": "fp32", "device": "cpu", "weights_sha256": "a" * 64}
+
+    def full(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "_prove", full)
+        engine, why = resolve_engine("compile", Breaks(), **settings)
+        assert engine == "eager" and str(error).split("\n")[0] in why and "\n" not in why
+    monkeypatch.setattr(engines, "_prove", lambda *_: None)
+    assert resolve_engine("compile", Breaks(), **settings) == ("compile", "")
+
+
+def test_compiled_code_that_nothing_reads_is_deleted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After a month; before the proof, so that no worker misses what its driver found."""
+    monkeypatch.setenv("SHARD2VEC_CACHE", str(tmp_path))
+    old = time.time() - KEEP_S - 60
+    for name, (read, written) in {"unused": (old, old), "read": (time.time(), old), "new": (old, time.time())}.items():
+        path = tmp_path / "inductor" / "fxgraph" / "ab" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (read, written))
+    there: list[set[str]] = []
+    monkeypatch.setattr(engines, "_prove", lambda *_: there.append({p.name for p in tmp_path.rglob("ab/*")}))
+    resolve_engine("compile", Breaks(), precision="fp32", device="cpu")
+    assert there == [{"read", "new"}]
+
+
 def test_without_openvino_a_run_is_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Not installed: the plan says how to have it, in words and in JSON, and the set is the one of eager."""
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -214,7 +269,18 @@ def test_a_single_wrong_row_of_a_batch_is_found(row: int, monkeypatch: pytest.Mo
 def test_a_set_of_openvino_is_made_and_found_again(
     ray_session: None, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers embed with it, the set and its files say so, and the same command again proves nothing: all is there."""
+    """Workers embed with it, the set and its files say so, and the same command again proves nothing: all is there.
+
+    What is proven is what the workers make: their backbone's settings, on their threads.
+    """
+    prove, proven, jobs = engines._prove, list[tuple[dict[str, Any], int]](), list[Job]()
+
+    def spy(engine: str, module: torch.nn.Module, bound: Bound, settings: dict[str, Any]) -> None:
+        proven.append((settings | {"engine": engine}, torch.get_num_threads()))
+        prove(engine, module, bound, settings)
+
+    monkeypatch.setattr(engines, "_prove", spy)
+    monkeypatch.setattr(run, "Job", lambda **fields: jobs.append(Job(**fields)) or jobs[-1])
     config = RunConfig(
         inputs=(str(shards),),
         output=str(tmp_path / "out"),
@@ -231,6 +297,8 @@ def test_a_set_of_openvino_is_made_and_found_again(
     version = versions.read_version(Root(config.output))
     assert version is not None
     assert json.loads(Root(config.output).read(f"sets/{version.set}/set.json"))["engine"] == "openvino"
+    monkeypatch.setattr(embed, "load_backbone", lambda *_, **settings: settings)
+    assert proven == [(embed.backbone_of(jobs[0]), jobs[0].torch_threads)]
     monkeypatch.setattr(engines, "_prove", lambda *_: pytest.fail("nothing is to do"))
     again = run.embed(config, lambda line: None)
     assert (again.json["set"], again.json["shards_unchanged"]) == (first.json["set"], 3)

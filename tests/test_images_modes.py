@@ -32,6 +32,12 @@ def photos() -> list[bytes]:
     ]
 
 
+@cache
+def grey() -> bytes:
+    """Of a size that `scaled` has shrunk by the decoder, for a model of grey images."""
+    return pictures.jpeg(1300, 1100, 6, mode="L")
+
+
 def off(how: str, data: bytes, model: str = "pit_s_224", channels: int = 3, upright: bool = True) -> np.ndarray:
     """Levels by which each pixel differs from `exact`; sizes are the same."""
     got = decoder(model, channels, how=how, exif_orientation=upright)(data)
@@ -70,6 +76,15 @@ def test_photos_are_within_the_published_levels(how: str) -> None:
             assert np.array_equal(decoder(how="scaled")(data).pixels, decoder(how="fast")(data).pixels)
         else:
             assert (levels.mean() > 0.1) == (how == "scaled")
+
+
+@pytest.mark.parametrize("how", ["fast", "scaled"])
+def test_large_photos_of_other_colours_than_the_models_keep_their_size(how: str) -> None:
+    """A grey one for RGB and RGBA, a coloured one for grey: converted at their full size, which is what is told."""
+    for data, channels in ((grey(), 3), (grey(), 4), (photos()[2], 1), (photos()[4], 1)):
+        assert off(how, data, channels=channels).max() <= BOUNDS["fast"].levels
+    levels = off(how, grey(), channels=1)
+    assert levels.max() <= BOUNDS[how].levels and (levels.mean() > 0.1) == (how == "scaled")
 
 
 def test_shrunk_images_stay_in_place() -> None:

@@ -1,5 +1,7 @@
 """The Parquet that comes out: its types, its encodings, and every reader that users bring."""
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 
 import made
@@ -98,6 +100,9 @@ def test_metadata_tells_what_made_the_file(files: tuple[Path, Path]) -> None:
             "packages",
         ]
         assert {f"shard2vec.{k}" for k in wanted} <= keys
+        packages = json.loads(pq.read_metadata(file).metadata[b"shard2vec.packages"])
+        for package in ("torchvision", "simplejpeg", "pillow", "openvino"):  # that decode, and compute
+            assert packages[package] == version(package)
 
 
 def test_row_groups_are_thousands_of_rows(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,9 @@ def test_random_weights_are_timms_own_initialisation() -> None:
 def test_weights_from_a_file_are_these_weights(kind: str, tmp_path: Path) -> None:
     """Every layout of a checkpoint gives the same vectors and the same identity."""
     state = oracle.module("test_vit", 3).state_dict()
-    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
+    folder = tmp_path / "of.safetensors.models"  # the file's own ending counts
+    folder.mkdir()
+    path = folder / ("w.safetensors" if kind == "safetensors" else "w.pth")
     if kind == "safetensors":
         safetensors.torch.save_file(state, path)
     else:
@@ -172,6 +175,23 @@ def test_a_node_that_lacks_the_weights_takes_them_once(tmp_path: Path, monkeypat
         with pytest.raises(StorageError, match=why):
             receive(digest, lambda wrong=wrong: wrong)
         assert not list(path.parent.glob("*.safetensors")) and len(list(path.parent.iterdir())) == 1
+
+
+def test_a_full_disk_keeps_no_part_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try would leave a file of the model's size; the sentence says where there is no room."""
+    module = oracle.module("test_vit")
+    digest, content = sha256(module.state_dict()), bytes(100_000)
+    monkeypatch.setenv("SHARD2VEC_CACHE", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(StorageError, match=r"weights cannot be kept in .*weights"):
+            stage(module, digest)
+        with pytest.raises(OSError, match="too large"):
+            receive(digest, lambda: content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == [f".{digest}.lock"]
 
 
 def test_a_damaged_staged_file_is_not_used(own_cache: Path) -> None:
