@@ -27,7 +27,6 @@ RANGE_BYTES, PAGE = 16 * MIB, 1000  # of one GET of a shard, and keys in one ans
 # Of each shard, counted at a proxy before a store: docs/large.md.
 PUTS = 2  # rejects, embeddings; each is one request up to 100 MiB
 HEADS = 2  # is its output there; is its input still the one that was listed
-LISTS = 1  # s3fs asks so for what HEAD does not find
 LISTINGS = 3  # of the output's shards in a run: embeddings when it plans, embeddings and rejects when it commits
 NOTE_S, PART_S = 10, 60  # a progress note, and a part of the journal, are put so often
 
@@ -94,7 +93,7 @@ def bill(args: argparse.Namespace) -> list[str]:
         f"GET             {gets:,} of up to {RANGE_BYTES // MIB} MiB, {gets / wall_s:,.0f} a second",
         f"PUT             {PUTS * shards + other:,}: {PUTS} a shard, {other:,} notes and journal parts",
         f"HEAD            {HEADS * shards:,}: {HEADS} a shard",
-        f"LIST            {LISTS * shards + pages * (1 + LISTINGS):,}: {LISTS} a shard; pages of {PAGE:,} of the input,"
+        f"LIST            {pages * (1 + LISTINGS):,}: pages of {PAGE:,} of the input,"
         f" and {LISTINGS} times of the output",
         f"written         {args.images * row_bytes(dim) / TB:,.2f} TB: {row_bytes(dim):,.0f} bytes a row of {dim},"
         f" {per_shard * row_bytes(dim) / 1e6:,.0f} MB a file",

@@ -6,6 +6,9 @@ Writes a version of synthetic vectors with our own writer: clusters on a curved 
 hundredth one a near copy of another. Builds the index by the command line, and Lance's IVF_PQ over the same vectors,
 each in a process of its own whose memory is watched; then asks each the same queries, which are not among the vectors,
 in turns. `anonymous` memory is what a process holds itself, without pages of files that are mapped.
+
+Run again over the same folder it goes on with what is there. What a build took is told of whole builds alone: it is
+kept beside them, in `ours.json` and `lance.json`, and read from there where the index was there already.
 """
 
 import argparse
@@ -38,7 +41,8 @@ from pipeline.shards import Sample
 from pipeline.vectors import ROW_BITS, Vectors, to_unit
 
 DIM, LATENT, CENTRES, SHARD_ROWS, QUERIES = 384, 32, 4000, 10_000, 500
-LANCE_PROBES, LANCE_REFINE = (32, 48, 64), (2, 5)
+LANCE_PROBES, LANCE_REFINE, LANCE_LISTS = (32, 48, 64), (2, 5), 1024
+RECALL_QUERIES = 100  # of those, that Lance's recall and ours are compared with
 
 
 def rows_of(shard: int, count: int = SHARD_ROWS) -> np.ndarray:
@@ -137,7 +141,7 @@ def build_lance(out: str, path: str) -> None:
 
     dataset = lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches()), path, mode="overwrite")
     started = time.monotonic()
-    dataset.create_index("vector", "IVF_PQ", metric="cosine", num_partitions=1024, num_sub_vectors=DIM // 4)
+    dataset.create_index("vector", "IVF_PQ", metric="cosine", num_partitions=LANCE_LISTS, num_sub_vectors=DIM // 4)
     print(time.monotonic() - started)
 
 
@@ -160,24 +164,76 @@ def main() -> None:
     if given.build_lance:
         build_lance(str(out), str(lance_path))
         return
+    if given.rows < SHARD_ROWS or given.rows % SHARD_ROWS:
+        parser.error(f"--rows {given.rows}: a shard has {SHARD_ROWS:,}, so give a multiple of that")
     given.folder.mkdir(parents=True, exist_ok=True)
     root = Root(str(out))
     started = time.monotonic()
     version = write(root, given.rows)
     written_mb = folder_bytes(out / "sets") / 1e6
-    say(f"written: {given.rows:,} x {DIM}, {time.monotonic() - started:.0f} s, {written_mb:,.0f} MB")
+    say(f"written, or there: {version.rows:,} x {DIM}, {time.monotonic() - started:.0f} s, {written_mb:,.0f} MB")
+    build_ours(out, version, given.folder / "ours.json")
+    lance_build(given.folder, lance_path, version, given.folder / "lance.json")
+    compare(root, version, lance_path, given.rounds)
+
+
+def build_ours(out: Path, version: versions.Version, record: Path) -> None:
+    """Says what the build took where all of it was this run's, or was recorded when it was."""
     ours = watched([sys.executable, "-m", "jobs", "index", str(out), "--kind", "ivf", "--json"])
     built = json.loads(ours.printed.splitlines()[-1])
-    say(f"index: {ours.seconds:.0f} s, {ours.resident_mb:,.0f} MB resident, {ours.anonymous_mb:,.0f} MB anonymous")
-    say(json.dumps(built))
-    if not (lance_path / "_indices").exists():  # an earlier run was cut short
-        theirs = watched([sys.executable, __file__, "--build-lance", "--folder", str(given.folder)])
-        index_mb = folder_bytes(lance_path / "_indices") / 1e6
-        say(
-            f"lance: {theirs.seconds:.0f} s of which index {float(theirs.printed):.0f} s, {theirs.resident_mb:,.0f} MB "
-            f"resident, {theirs.anonymous_mb:,.0f} MB anonymous, index {index_mb:,.0f} MB"
-        )
-    compare(root, version, lance_path, given.rounds)
+    of_build = {"data": built["data"], "created": built["created"]}
+    if built["is_new"] and built["trained"] and built["parts_made"] == version.shards:
+        keep(record, ours, of_build)
+    told = recorded(record, of_build)
+    if told is None:
+        made = f"{built['parts_made']} of {version.shards} files were encoded now" if built["is_new"] else "all of it"
+        say(f"index: no figure of its build, as some was there before ({made}): delete {out / 'index'} to measure it")
+    else:
+        say(f"index: {figures(told)}{'' if built['is_new'] else ', by an earlier run'}")
+    say(json.dumps({name: value for name, value in built.items() if name != "seconds"}))
+
+
+def lance_build(folder: Path, path: Path, version: versions.Version, record: Path) -> None:
+    """Builds Lance's where it is not there whole, over as many vectors, and says what its build took."""
+    of_build = {"files": version.files}
+    is_there = lance_is_whole(path, version.rows)
+    if not is_there:
+        theirs = watched([sys.executable, __file__, "--build-lance", "--folder", str(folder)])
+        index_mb = folder_bytes(path / "_indices") / 1e6
+        keep(record, theirs, of_build | {"index_s": float(theirs.printed), "index_mb": index_mb})
+    told = recorded(record, of_build)
+    if told is None:
+        say(f"lance: no figure of its build, which was there before: delete {path} to measure it")
+    else:
+        index = f"{told['index_s']:.0f} s of it for an index of {told['index_mb']:,.0f} MB"
+        say(f"lance: {figures(told)}, {index}{', by an earlier run' if is_there else ''}")
+
+
+def lance_is_whole(path: Path, rows: int) -> bool:
+    """Whether a dataset of so many rows lies there, and its index covers them: a build cut short leaves none."""
+    import lance
+
+    try:
+        dataset = lance.dataset(str(path))
+    except (ValueError, OSError):  # nothing there, or the beginning of it
+        return False
+    return dataset.count_rows() == rows and any("vector" in index.field_names for index in dataset.describe_indices())
+
+
+def keep(record: Path, build: watched, of_build: dict[str, Any]) -> None:
+    took = {"seconds": build.seconds, "resident_mb": build.resident_mb, "anonymous_mb": build.anonymous_mb}
+    record.write_text(json.dumps(took | of_build))
+
+
+def recorded(record: Path, of_build: dict[str, Any]) -> dict[str, Any] | None:
+    """What `keep` wrote of just this build; None where it wrote of another, or nothing."""
+    told: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    return told if told and all(told.get(name) == value for name, value in of_build.items()) else None
+
+
+def figures(told: dict[str, Any]) -> str:
+    memory = f"{told['resident_mb']:,.0f} MB resident, {told['anonymous_mb']:,.0f} MB anonymous"
+    return f"{told['seconds']:.0f} s, {memory}"
 
 
 def compare(root: Root, version: versions.Version, lance_path: Path, rounds: int) -> None:
@@ -204,10 +260,13 @@ def compare(root: Root, version: versions.Version, lance_path: Path, rounds: int
         ]
 
     points = [(refine, probes) for refine in LANCE_REFINE for probes in LANCE_PROBES]
-    least = recall(refined(queries), true)
-    reached = {(r, p): recall(of_lance(queries[:100], p, r), true[:100]) for r, p in points}
-    say(f"lance's recall@10 by (refine, probes): {reached}")
-    able = [at for at, value in reached.items() if value >= least] or [max(reached, key=lambda at: reached[at])]
+    few, few_true = queries[:RECALL_QUERIES], true[:RECALL_QUERIES]
+    least = recall(refined(few), few_true)
+    reached = {(r, p): recall(of_lance(few, p, r), few_true) for r, p in points}
+    say(f"recall@10 of {RECALL_QUERIES} queries: ours {least:.4f}, lance's by (refine, probes): {reached}")
+    able = [at for at, value in reached.items() if value >= least]
+    short = "" if able else f", its best point: none of {len(points)} reaches our recall"
+    able = able or [max(reached, key=lambda at: reached[at])]
     speeds = {at: seconds(lambda at=at: of_lance(queries[:50], at[1], at[0])) for at in able}
     refine, probes = min(speeds, key=lambda at: speeds[at])
     memory = np.concatenate([block.unit for block in searcher.vectors.all_blocks()])
@@ -220,8 +279,8 @@ def compare(root: Root, version: versions.Version, lance_path: Path, rounds: int
         ),
         "ours, all at once, exact scores from Parquet": (500, refined),
         "ours, all at once, the index alone": (500, lambda some: list(searcher.candidates(some, 10))),
-        f"Lance IVF_PQ, one by one, {probes} of 1024 lists, refined {refine} times": (
-            100, lambda some: of_lance(some, probes, refine)
+        f"Lance IVF_PQ, one by one, {probes} of {LANCE_LISTS} lists, refined {refine} times{short}": (
+            RECALL_QUERIES, lambda some: of_lance(some, probes, refine)
         ),
         "exact, one by one, all vectors in memory": (
             10, lambda some: [in_memory(memory, one[None], searcher)[0] for one in some]
@@ -246,10 +305,10 @@ def compare(root: Root, version: versions.Version, lance_path: Path, rounds: int
     print(
         f"{cpu}, {os.cpu_count()} cores, {threads} threads, Python {platform.python_version()}, {time.strftime('%F')}\n"
     )
-    print("| | queries/s, median (range) | recall@10 |\n| --- | --- | --- |")
+    print("| | queries | queries/s, median (range) | recall@10 of these |\n| --- | --- | --- | --- |")
     for name, values in taken.items():
         span = f"{statistics.median(values):,.1f} ({min(values):,.1f}–{max(values):,.1f})"
-        print(f"| {name} | {span} | {found[name]:.3f} |")
+        print(f"| {name} | {contenders[name][0]} | {span} | {found[name]:.3f} |")
 
 
 def in_memory(memory: np.ndarray, some: np.ndarray, searcher: Searcher) -> list[np.ndarray]:

@@ -83,7 +83,9 @@ def machine_model(asked: argparse.Namespace, shards: list[Shard]) -> None:
     cores = os.cpu_count() or 1
     plans = {"alone": 0} | {f"fed by {n}": n for n in sorted({max(1, cores - 1), cores})}
     speeds: dict[str, list[float]] = {plan: [] for plan in plans}
-    with cluster.local_ray(2 * cores):
+    # All plans' feeders are there at once, and those whose turn it is not do nothing: so a CPU for each of them.
+    ray.init(num_cpus=sum(plans.values()) + 1, include_dashboard=False, log_to_driver=False)
+    with cluster.local_ray():
         remote = ray.remote(num_cpus=0)(PinnedActor)
         pool = {p: remote.remote(asked.model, asked.decode, asked.device_images_per_s, n) for p, n in plans.items()}
         for n in range(asked.rounds + 1):
@@ -91,6 +93,7 @@ def machine_model(asked: argparse.Namespace, shards: list[Shard]) -> None:
                 speed = ray.get(actor.images_per_s.remote(shards * 2))
                 if n:  # the first one warms up
                     speeds[plan].append(speed)
+    ray.shutdown()
     print(f"device {asked.device_images_per_s:.0f} images/s, one core beside it, {asked.decode} decode:")
     for plan, values in speeds.items():
         ratios = [a / b for a, b in zip(values, speeds["alone"], strict=True)]
@@ -137,7 +140,7 @@ def run(asked: argparse.Namespace, scratch: Path, feeders: int, output: Path) ->
         actors=(1, 1),
         feeders=feeders,
     )
-    result = embed(config)
+    result = embed(config, print)
     assert result.exit_code == 0, result.message
 
 

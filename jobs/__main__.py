@@ -29,6 +29,7 @@ from jobs import (
     submit,
     verify,
 )
+from pipeline import signals
 from pipeline.errors import UsageError
 
 app = typer.Typer(
@@ -56,20 +57,20 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are told once, by our own message
     logging.basicConfig(level=os.environ.get("SHARD2VEC_LOG", "ERROR"))
     stamina.instrumentation.set_on_retry_hooks([])  # its default prints a bare line for every retry
-    try:
-        argv = job_file.expand(sys.argv[1:])
-    except UsageError as e:
-        exits.say(f"shard2vec: {e}")
-        sys.exit(exits.USAGE)
-    try:
-        app(argv)
-    except SystemExit as e:
+    with signals.interruptible():
+        try:
+            app(job_file.expand(sys.argv[1:]))
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else exits.FAILED
+        except (UsageError, KeyboardInterrupt) as e:
+            code, message = exits.ending(e)
+            exits.say(f"shard2vec: {message}")
         # Straight out: an exit after `import torch` has aborted in the interpreter's own teardown ("terminate called
         # without an active exception", seen once in some thirty), which would make a committed run end with 134.
         with suppress(OSError, ValueError):  # the reader of our output has left
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(e.code if isinstance(e.code, int) else 1)
+        os._exit(code)
 
 
 if __name__ == "__main__":

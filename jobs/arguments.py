@@ -26,7 +26,8 @@ def parse(command: Any, verb: str, arguments: list[str], parent: Any) -> tuple[S
     options, positional = [verb], list[str]()
     for parameter in command.params:
         value = params.get(parameter.name)
-        if value in (None, (), [], False) or parameter.name in NOT_SENT:
+        # 0 equals False, and is a value.
+        if value is None or value is False or value in ((), []) or parameter.name in NOT_SENT:
             continue
         texts = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
         sent = [places.spelled(parameter.name, text) for text in texts] if parameter.name in PLACES else texts

@@ -44,6 +44,8 @@ def compare(
 
 
 def _show(found: "Drift") -> None:
+    from pipeline.legible import legible
+
     print(f"A  {found.a} · set {found.set_a}")
     print(f"B  {found.b} · set {found.set_b}")
     whole = "all" if found.vectors == found.ids and found.shards == found.shards_read else "drawn from"
@@ -60,5 +62,5 @@ def _show(found: "Drift") -> None:
         sign = "+" if name == "norm_shift" else ""
         print(f"  {name:<15} {value:>{sign}9.4f}  {meaning}")
     for move in found.moved:
-        name = f"{move.name} ({move.index})" if move.name else f"class {move.index}"
+        name = f"{legible(move.name)} ({move.index})" if move.name else f"class {move.index}"
         print(f"    {move.share_a:>7.2%} → {move.share_b:>7.2%}  {name}")

@@ -39,7 +39,7 @@ def demo(
 
     def body() -> int:
         from jobs import pictures
-        from pipeline import versions
+        from pipeline import signals, versions
         from pipeline.config import RunConfig
         from pipeline.run import embed
         from pipeline.verify import verify
@@ -64,11 +64,11 @@ def demo(
         )
         exits.say(f"shard2vec: {result.message}")
         if result.exit_code == 0:
-            root = versions.existing_output(str(out))
-            version = versions.current(root)
-            found = verify(root, version)
-            sheet = _draw_neighbours(shards, str(out), output / "neighbours.png")
-            with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+            with signals.heard(), contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+                root = versions.existing_output(str(out))
+                version = versions.current(root)
+                found = verify(root, version)
+                sheet = _draw_neighbours(shards, str(out), output / "neighbours.png")
                 print(_summary(result.json, found.ids, found.clean, version.version, sheet))
                 _show_reading(str(out))
             result = result if found.clean else replace(result, exit_code=exits.FAILED)

@@ -16,17 +16,16 @@ def embed(asked: EmbedFlags) -> None:
     """
 
     def body() -> int:
-        config = asked.run_config("embed")
-        from pipeline.run import embed as run
+        address, is_early = asked.ray, not asked.dry_run and head.is_early(asked.output)
+        # While torch is imported Ray starts, or the cluster is asked.
+        with head.reaching(address) if address else head.starting(is_early, max(0, asked.feeders or 0)):
+            config = asked.run_config("embed")
+            from pipeline.run import embed as run
 
-        result = run(config, exits.say)
-        exits.say(f"shard2vec: {result.message}")
-        if asked.json:
-            exits.print_json(result.json)
-        return result.exit_code
+            result = run(config, exits.say)
+            exits.say(f"shard2vec: {result.message}")
+            if asked.json:
+                exits.print_json(result.json)
+            return result.exit_code
 
-    # While torch is imported Ray starts, or the cluster is asked.
-    is_early = not asked.dry_run and head.is_early(asked.output)
-    address = asked.ray
-    with head.reaching(address) if address else head.starting(is_early, max(0, asked.feeders or 0)):
-        exits.run(body, asked.json)
+    exits.run(body, asked.json)

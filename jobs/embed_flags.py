@@ -1,6 +1,6 @@
 """The flags of `embed`, for each verb that makes a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,7 +59,8 @@ class EmbedFlags(InputFlags):
         return flags.ray_address(self.ray_address)
 
     def check(self, verb: str) -> None:
-        self.run_config(verb)
+        # This machine's RAY_ADDRESS says where to submit; the job has one of its own.
+        replace(self, ray_address=self.ray_address or "local").run_config(verb)
 
     def run_config(self, verb: str) -> "RunConfig":
         """Raises `UsageError` naming the flag that is missing or the value that cannot be."""

@@ -7,10 +7,7 @@ from typing import Any
 
 import typer
 
-from pipeline.errors import NoRoom, StorageError, UsageError
-
-FAILED, USAGE, REFUSED, INTERRUPTED = 1, 2, 3, 130
-AGAIN = "interrupted; run the same command to go on"
+from pipeline.errors import AGAIN, FAILED, INTERRUPTED, USAGE, NoRoom, StorageError, UsageError
 
 
 def say(text: str) -> None:
@@ -40,7 +37,7 @@ def run(verb: Callable[[], int], as_json: bool) -> None:
 def ending(error: BaseException) -> tuple[int, str]:
     """The exit code of a verb that ends so, and a sentence."""
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, f"interrupted; {error or 'run the same command to go on'}"
+        return INTERRUPTED, f"interrupted; {str(error) or AGAIN}"
     return USAGE if isinstance(error, UsageError) else FAILED, str(error)
 
 

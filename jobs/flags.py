@@ -4,6 +4,7 @@ import os
 import re
 
 from pipeline.errors import UsageError
+from pipeline.retries import redact
 
 
 def words(text: str | None) -> tuple[str, ...] | None:
@@ -53,6 +54,15 @@ def keep(text: str) -> int | None:
 
 
 def ray_address(text: str | None) -> str | None:
-    """Where the flag was left out: Ray's own `RAY_ADDRESS`, which a Ray job has. None: a Ray of this machine alone."""
+    """Where the flag was left out: Ray's own `RAY_ADDRESS`, which a Ray job has. None: a Ray of this machine alone.
+
+    Raises `UsageError` for a variable that only `submit` can use, as `ray job submit` does: Ray's own programs end at
+    it too, and to work on this machine alone, unasked, is not what somebody with a cluster expects.
+    """
     address = os.environ.get("RAY_ADDRESS", "") if text is None else text
+    if text is None and "://" in address:
+        raise UsageError(
+            f"RAY_ADDRESS is {redact(address)}, which is for `shard2vec submit`: put `submit` before the verb, or say "
+            "--ray-address local for this machine alone, host:port on a node of the cluster"
+        )
     return None if address in ("", "local") else address

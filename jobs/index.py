@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from jobs import exits
+from pipeline.errors import REFUSED
 
 
 def index(
@@ -35,8 +36,8 @@ def index(
         except LowRecall as e:
             exits.say(f"shard2vec: {e}; no index was made")
             if json:
-                exits.print_json({"error": str(e), "exit_code": exits.REFUSED})
-            return exits.REFUSED
+                exits.print_json({"error": str(e), "exit_code": REFUSED})
+            return REFUSED
         found, seconds = built.index, time.monotonic() - started
         exits.say(
             f"shard2vec: {found.kind} index of version {found.version}"

@@ -1,7 +1,8 @@
 """`search`: the images of a version that are nearest to one of its own, to an image file or to a vector."""
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +12,7 @@ from jobs.input_flags import InputAgain
 from pipeline.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from pipeline.search import Answer
+    from pipeline.search import Answer, Hit
 
 
 @takes_flags
@@ -38,30 +39,32 @@ def search(
 
     def body() -> int:
         from pipeline import versions
-        from pipeline.search import read_vector, vector_of
-        from pipeline.search import search as find
+        from pipeline.search import Searcher, check_top, read_vector
 
         started = time.monotonic()
         if sum(what is not None for what in (id, image, vector)) != 1:
             raise UsageError("name one of --id, --image and --vector")
         if weights is not None and image is None:
             raise UsageError(f"--weights {weights}: only --image is embedded")
+        check_top(top)
         sheets.check(sheet, source)
         root = versions.existing_output(output)
         committed = versions.current(root, version)
-        content = b""
+        content = _read(image) if image is not None else b""
+        query = read_vector(vector) if vector is not None else None
+        shown = sheets.listed(root, committed, source) if sheet is not None else None
+        searcher = Searcher(root, committed, exact=exact)
         if id is not None:
-            query = vector_of(root, committed, id)
-        elif vector is not None:
-            query = read_vector(vector)
-        else:
+            query = searcher.vector_of(id)
+        elif query is None:
             from pipeline.own_backbone import embed_image
 
-            content = _read(image or "")
             query = embed_image(root, committed, content, weights)
-        answer = find(root, committed, query, top=top, without=id, exact=exact)
-        if sheet is not None:
-            _draw(root, committed, source, sheet, id, content, answer)
+        answer = searcher(query, top=top, without=id)
+        if sheet is not None and shown is not None:
+            own = searcher.own_hit(id) if id is not None else None
+            title = f"Nearest images in version {committed.version}, by cosine"
+            _draw(shown, sheet, title, own, content, answer)
         exits.say(f"shard2vec: {answer.how}; {time.monotonic() - started:.1f} s")
         if json:
             result = {"set": committed.set, "version": committed.version, "how": answer.how}
@@ -85,29 +88,33 @@ def _read(image: str) -> bytes:
 
 
 def _show(answer: "Answer") -> None:
-    width = max((len(hit.id) for hit in answer.hits), default=0)
-    for hit in answer.hits:
-        name = hit.class_name or (f"class {hit.class_index}" if hit.class_index is not None else "")
+    from pipeline.legible import MOST_ID_CHARS, legible
+
+    ids = [legible(hit.id, MOST_ID_CHARS) for hit in answer.hits]
+    width = max(map(len, ids), default=0)
+    for hit, shown in zip(answer.hits, ids, strict=True):
+        name = legible(hit.class_name or (f"class {hit.class_index}" if hit.class_index is not None else ""))
         first = f"  {name} {hit.class_score:.2f}" if hit.class_score is not None else ""
-        print(f"{hit.score:8.4f}  {hit.id:{width}}  {f'{hit.width}x{hit.height}':>11}{first}")
+        print(f"{hit.score:8.4f}  {shown:{width}}  {f'{hit.width}x{hit.height}':>11}{first}")
 
 
-def _draw(root: Any, version: Any, source: InputAgain, sheet: Any, id: str | None, content: bytes, answer: Any) -> None:
+def _draw(source: sheets.Input, sheet: Path, title: str, own: "Hit | None", content: bytes, answer: "Answer") -> None:
     import io
 
     from PIL import Image, ImageOps
 
     from jobs.pictures import contact_sheet, placeholder
-    from pipeline.search import own_hit
+    from pipeline.legible import legible
+    from pipeline.result_file import written_whole
 
-    own = own_hit(root, version, id) if id is not None else None
-    shown = sheets.images(root, version, source, [*answer.hits, *([own] if own else [])])
+    shown = source.images([*answer.hits, *([own] if own else [])])
     if own is not None:
-        query = (shown[own.id], own.key)
+        query = (shown[own.id], legible(own.key))
     elif content:
         query = (ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"), "the image")
     else:
         query = (placeholder("a vector"), "the vector")
-    hits = [(shown[hit.id], f"{hit.score:.3f} {hit.key}") for hit in answer.hits]
-    what = "exact search" if answer.recall == 1 else f"recall@10 {answer.recall:.2f}"
-    contact_sheet([[query, *hits]], sheet, title=f"Nearest images in version {version.version}, by cosine ({what})")
+    hits = [(shown[hit.id], f"{hit.score:.3f} {legible(hit.key)}") for hit in answer.hits]
+    what = "exact search" if answer.is_exact else f"recall@10 {answer.recall:.2f}"
+    with written_whole(sheet, "--sheet") as part:
+        contact_sheet([[query, *hits]], part, title=f"{title} ({what})")

@@ -17,7 +17,7 @@ from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.shipment import Shipment
-    from pipeline.submission import Cluster, Job
+    from pipeline.submission import JobServer, SubmittedJob
 
 LOCAL = "http://127.0.0.1:8265"  # Ray's dashboard, unless told otherwise
 SHOWN_PATHS = 3
@@ -70,23 +70,23 @@ def submit(
         if command:
             shipment = _shipment(context, command, as_json)
             passed, resources = _variables(env or []), _resources(resource or [])
-            cluster = _cluster(found)
-            id = _start(cluster, shipment, python=python, env=passed, resources=resources, is_shipped=not no_ship)
+            server = _server(found)
+            id = _start(server, shipment, python=python, env=passed, resources=resources, is_shipped=not no_ship)
             if no_wait:
-                exits.print_json({"id": id, "address": cluster.address}) if as_json else print(id)
+                exits.print_json({"id": id, "address": server.address}) if as_json else print(id)
                 return 0
-            return _follow(cluster, id, start_timeout, as_json)
-        cluster = _cluster(found)
+            return _follow(server, id, start_timeout, as_json)
+        server = _server(found)
         if logs:
-            _print_log(cluster.log(logs), logs, json)
+            _print_log(server.log(logs), logs, json)
         elif list:
-            _print_jobs(cluster.jobs(), json)
+            _print_jobs(server.jobs(), json)
         else:
-            job = cluster.stop(stop) if stop else cluster.job(str(status))
+            job = server.stop(stop) if stop else server.job(str(status))
             exits.print_json(_told(job)) if json else print(_line(job))
         return 0
 
-    with head.reaching(found):  # the user's own settings of authentication
+    with head.as_settled():
         exits.run(body, as_json)
 
 
@@ -130,7 +130,7 @@ def _resources(given: list[str]) -> dict[str, float]:
     return amounts
 
 
-def _cluster(address: str) -> "Cluster":
+def _server(address: str) -> "JobServer":
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported; without it no token is sent
     try:
@@ -138,15 +138,15 @@ def _cluster(address: str) -> "Cluster":
     except ValueError:
         raise UsageError("RAY_JOB_HEADERS is no JSON object") from None
     try:
-        from pipeline.submission import Cluster
+        from pipeline.submission import JobServer
     except ImportError as e:
         raise UsageError(f"submit needs Ray's job client ({e}): pip install 'shard2vec[jobs]'") from e
 
-    return Cluster(address, headers)
+    return JobServer(address, headers)
 
 
 def _start(
-    cluster: "Cluster",
+    server: "JobServer",
     shipment: "Shipment",
     *,
     python: str,
@@ -158,7 +158,7 @@ def _start(
     from pipeline.build import build_id
 
     build, run = build_id(), shipment.run_id(resources)
-    attempts = [job for job in cluster.jobs() if (job.verb, job.run) == (shipment.verb, run)]
+    attempts = [job for job in server.jobs() if (job.verb, job.run) == (shipment.verb, run)]
     last = max(attempts, key=lambda job: job.attempt, default=None)
     if last and not last.is_over:
         other = "" if last.source == build["source"] else f", with other code ({last.source}, here {build['source']})"
@@ -168,7 +168,7 @@ def _start(
     id = f"{shipment.verb}-{run}-{attempt}"
     with tempfile.TemporaryDirectory(prefix="shard2vec-") as folder:
         shipment.write(Path(folder), build, is_shipped)
-        is_ours = cluster.submit(
+        is_ours = server.submit(
             id,
             shipment.verb,
             Path(folder),
@@ -180,14 +180,14 @@ def _start(
     how = "this version is shipped" if is_shipped else "the code is the image's"
     checked = "the dependencies are the cluster's" if is_shipped else "and so are the dependencies"
     exits.say(
-        f"shard2vec: job {id} on {cluster.address}: {how} (source {build['source']}), {checked}, the job checks both"
+        f"shard2vec: job {id} on {server.address}: {how} (source {build['source']}), {checked}, the job checks both"
         if is_ours
         else f"shard2vec: job {id} is this run, and was started just now by another"
     )
     return id
 
 
-def _follow(cluster: "Cluster", id: str, start_timeout: float, as_json: bool) -> int:
+def _follow(server: "JobServer", id: str, start_timeout: float, as_json: bool) -> int:
     """The job's own exit code, after its last line."""
     printed = said = ""
 
@@ -201,11 +201,11 @@ def _follow(cluster: "Cluster", id: str, start_timeout: float, as_json: bool) ->
             exits.say(line)
 
     try:
-        job = cluster.follow(id, relay, start_timeout)
+        job = server.follow(id, relay, start_timeout)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"job {id} goes on: the same command follows it, "
-            f"`shard2vec submit --address {cluster.address} --stop {id}` ends it"
+            f"`shard2vec submit --address {server.address} --stop {id}` ends it"
         ) from None
     assert job.exit_code is not None
     exits.say(f"shard2vec: {_line(job)}")
@@ -222,7 +222,7 @@ def _print_log(log: str, id: str, as_json: bool) -> None:
         print(*lines, sep="\n")
 
 
-def _print_jobs(jobs: "list[Job]", as_json: bool) -> None:
+def _print_jobs(jobs: "list[SubmittedJob]", as_json: bool) -> None:
     if as_json:
         exits.print_json({"jobs": [_told(job) for job in jobs]})
     else:
@@ -230,11 +230,11 @@ def _print_jobs(jobs: "list[Job]", as_json: bool) -> None:
             print(_line(job))
 
 
-def _told(job: "Job") -> dict[str, Any]:
+def _told(job: "SubmittedJob") -> dict[str, Any]:
     return asdict(job)
 
 
-def _line(job: "Job") -> str:
+def _line(job: "SubmittedJob") -> str:
     """`embed-1a2b3c4d-2 FAILED with 3 after 75 s`."""
     code = "" if job.exit_code is None else f" with {job.exit_code}"
     seconds = round((job.ended or time.time()) - job.started) if job.started else 0

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import weights
 from pipeline.board import Board, Told
 from pipeline.build import build_id
-from pipeline.cluster import check_build, dead_nodes, here, node_id, ray
+from pipeline.cluster import check_build, cores, dead_nodes, here, node_id, ray
 from pipeline.embed import Embedder, Feed, Job, Receipt, backbone_of, worker_name
 from pipeline.errors import UsageError
 from pipeline.feed import LocalFeed
@@ -31,7 +31,7 @@ TICK_S = 1.0
 BOARD_SHARDS = 10_000  # that wait on the board at most, some 5 MB
 ENDING_S = 10.0  # for workers that have nothing more to do
 BOARD_TIMEOUT_S = 5.0
-LOOK_EVERY_S = 5.0  # for nodes that have gone
+LOOK_EVERY_S = 5.0  # for nodes that have gone, or have come
 
 
 class EmbedShards:
@@ -121,6 +121,8 @@ class Pool:
         self._least, self._most = layout.actors
         self._board = ray.remote(num_cpus=0, max_restarts=RESTARTS, scheduling_strategy=here())(Board).remote()
         self._epoch, self._taken_in, self._looked = "", 0, 0.0
+        self._seen: set[int] = set()  # slots that a worker has started in
+        self.cores = 0  # of all nodes, the most that there were at once
         worker = ray.remote(
             num_cpus=layout.cpus,
             num_gpus=layout.gpus or None,
@@ -167,27 +169,29 @@ class Pool:
         receipts = [r for r in receipts if r.shard in self._open]
         self._open -= {r.shard for r in receipts}
         self._breathe(told)
-        self._bury()
+        self._look()
         if told.waiting < BOARD_SHARDS // 2:
             self._give(BOARD_SHARDS - told.waiting)
         return News(receipts, told.waiting, len(told.slots), told.ready, told.died, told.false_starts, told.said)
 
     def _breathe(self, told: Told) -> None:
-        pending = [slot for slot in self._actors if slot not in told.slots]
-        if told.waiting > len(pending):
-            self._grow(min(self._most - len(self._actors), told.waiting - len(pending)))
-        elif not told.waiting and self._given == len(self._shards):
-            for slot in pending[: max(0, len(self._actors) - self._least)]:
-                self._drop(slot)
+        self._seen |= told.slots
+        pending = [slot for slot in self._actors if slot not in self._seen]
+        is_all_given = self._given == len(self._shards)
+        more, to_drop = breath(len(self._actors), pending, told.waiting, (self._least, self._most), is_all_given)
+        self._grow(more)
+        for slot in to_drop:
+            self._drop(slot)
 
-    def _bury(self) -> None:
+    def _look(self) -> None:
         """Of a node that went Ray tells only who asks, and its workers are started again no sooner than one comes."""
         if time.monotonic() - self._looked > LOOK_EVERY_S:
             self._looked = time.monotonic()
             self._board.lose.remote(dead_nodes())
+            self.cores = max(self.cores, cores())
 
     def _grow(self, count: int) -> None:
-        for slot in range(self._slots, self._slots + max(0, count)):
+        for slot in range(self._slots, self._slots + count):
             self._actors[slot] = self._new(slot)
             self._runs[self._actors[slot].run.remote()] = slot
             self._slots = slot + 1
@@ -212,6 +216,22 @@ class Pool:
             self._board.let_go.remote(self._least)
 
 
+def breath(
+    actors: int, pending: Sequence[int], waiting: int, size: tuple[int, int], is_all_given: bool
+) -> tuple[int, Sequence[int]]:
+    """How many workers to ask for beside these, and slots of those to let go.
+
+    `pending`: slots that no worker has ever started in. One that has may be at work though the board does not know it,
+    which forgets everything when it is started again.
+    """
+    least, most = size
+    if waiting > len(pending):
+        return max(0, min(most - actors, waiting - len(pending))), ()
+    if not waiting and is_all_given:
+        return 0, pending[: max(0, actors - least)]
+    return 0, ()
+
+
 def kill(workers: Iterable[str]) -> None:
     """Those of this machine, by name: Ray only asks a worker to end, and one that hangs may not hear it."""
     for worker in workers:
@@ -226,13 +246,3 @@ def _asked(answer: Any, otherwise: Any) -> Any:
         return ray.get(answer, timeout=BOARD_TIMEOUT_S)
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         return otherwise
-
-
-def cause(error: BaseException) -> str:
-    """The first line that helps, out of what Ray wraps around a worker's error."""
-    while isinstance(error, ray.exceptions.RayTaskError) or error.__cause__ is not None:
-        inner = getattr(error, "cause", None) or error.__cause__
-        if inner is None or inner is error:
-            break
-        error = inner
-    return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from pipeline import versions
-from pipeline.progress import State, read_notes
+from pipeline.progress import State, duration, read_notes
 from pipeline.result import dry
 from pipeline.versions import Version
 
@@ -71,14 +71,8 @@ def _sentence(told: dict[str, Any]) -> str:
     parts = [f"shards to embed: {told['shards_to_embed']:,}; images: {images} ({told['images_from']})"]
     if told["shards_to_embed"]:
         rate = f", at the {told['images_per_s']:,.1f} images/s of" if told["hours"] is not None else ":"
-        time = "unknown" if told["hours"] is None else f"about {_duration(told['hours'])}"
+        time = "unknown" if told["hours"] is None else f"about {duration(3600 * told['hours'])}"
         parts.append(f"time: {time}{rate} {told['images_per_s_from']}")
     gone = told["removed"]
     names = f" ({', '.join(gone[:3])}{' …' if len(gone) > 3 else ''})" if gone else ""
     return "; ".join([*parts, f"shards to drop: {len(gone):,}{names}"])
-
-
-def _duration(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:,.1f} hours"
-    return f"{60 * hours:.0f} minutes" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"

@@ -46,7 +46,7 @@ def used(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
     """Within, this process is connected to the cluster at `address`, or to the one that it was connected to already.
 
     None where there is none: nothing happens then, and `local_ray` starts one. Raises `UsageError` for a cluster that
-    cannot be reached, and for nodes that run other code.
+    cannot be reached, and for nodes that run other code; what Ray raises within becomes an `OSError`.
     """
     is_connected = ray.is_initialized()
     if is_connected and address not in (None, "auto") and _port(address) != _port(_gcs_address()):
@@ -60,6 +60,7 @@ def used(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
             stack.enter_context(head.reaching(address))
             reach.check(address)
         stack.enter_context(_quiet())
+        stack.enter_context(plainly("Ray failed"))
         stack.callback(_memory.clear)
         if not is_connected:
             stack.callback(ray.shutdown)
@@ -70,9 +71,12 @@ def used(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def local_ray(feeders: int = 0) -> Iterator[None]:
-    """A Ray of this machine alone, quiet; one that this process is connected to is used, and left running."""
+    """A Ray of this machine alone, quiet; one that this process is connected to is used, and left running.
+
+    What Ray raises within becomes an `OSError`.
+    """
     ours = not ray.is_initialized()
-    with head.starting(feeders=feeders), _quiet():
+    with head.starting(feeders=feeders), _quiet(), plainly("Ray failed"):
         try:
             if ours:
                 _connect(head.address())
@@ -89,9 +93,15 @@ def is_shared() -> bool:
 
 def _connect(address: str | None, **more: Any) -> None:
     terminated = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **more)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminated)  # Ray puts its own there, which exits with 15
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **more)
+    except SystemExit as e:
+        if e.code == signal.SIGTERM:  # Ray puts a handler of its own there, which exits so
+            raise KeyboardInterrupt from e
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)
 
 
 @contextmanager
@@ -131,6 +141,28 @@ def _native_stderr_silenced() -> Iterator[None]:
         for handler in handlers:
             handler.setStream(shown)  # type: ignore[attr-defined]
         os.close(kept)
+
+
+# its errors
+
+
+@contextmanager
+def plainly(what: str) -> Iterator[None]:
+    """What Ray raises, as of a node that went or a store that is full, becomes an `OSError` of one sentence."""
+    try:
+        yield
+    except ray.exceptions.RayError as e:
+        raise OSError(f"{what}: {cause(e)}") from e
+
+
+def cause(error: BaseException) -> str:
+    """The first line that helps, out of what Ray wraps around a worker's error."""
+    while isinstance(error, ray.exceptions.RayTaskError) or error.__cause__ is not None:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if inner is None or inner is error:
+            break
+        error = inner
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
 
 
 # the same code everywhere
@@ -280,6 +312,11 @@ def _is_alive(node_id: str) -> bool:
 
 def dead_nodes() -> set[str]:
     return {str(node["NodeID"]) for node in ray.nodes() if not node["Alive"]}
+
+
+def cores() -> int:
+    """CPUs of all nodes that are alive."""
+    return sum(node.cpus for node in nodes())
 
 
 def node_id() -> str:

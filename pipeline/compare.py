@@ -24,14 +24,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import versions
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import UsageError
 from pipeline.flow import ordered
 from pipeline.lists import FileList
 from pipeline.output import Root
+from pipeline.parquet_files import open_parquet
+from pipeline.readers import newest_of
 from pipeline.storage import digest
+from pipeline.vectors import to_unit
 
 NEIGHBOURS = 10
 QUERIES, VECTORS, VECTOR_BYTES = 2_000, 20_000, 256 * 2**20  # bytes of each side's vectors
@@ -108,10 +110,8 @@ def side(root: Root, name: int | str) -> Side:
     """A version by its number, a set by its name. Raises `UsageError` where there is none."""
     if str(name).isdecimal():
         return _of_version(root, versions.current(root, int(name)))
-    for number in reversed(versions.numbers(root)):
-        version = versions.current(root, number)
-        if version.set == name:
-            return _of_version(root, version)
+    if (newest := newest_of(root, str(name))) is not None:
+        return _of_version(root, newest)
     names = list(versions.done(root, f"sets/{name}"))
     if not names:
         sets = ", ".join(sorted({n.split("/")[1] for n in root.list("sets")})) or "none"
@@ -209,11 +209,8 @@ def _hash(text: str) -> int:
 
 
 def _ids(root: Root, name: str) -> pa.ChunkedArray:
-    with root.open(name) as f:
-        try:
-            return pq.read_table(f, columns=["id"])["id"]
-        except (KeyError, ValueError, OSError, pa.ArrowException) as e:
-            raise StorageError(f"{name} cannot be read: {' '.join(str(e).split())[:200]}") from e
+    with open_parquet(root, name) as file:
+        return file.read(columns=["id"])["id"]
 
 
 # what is said of them
@@ -257,24 +254,20 @@ def _joined(tables: Sequence[_Rows], order: np.ndarray) -> _Rows:
 
 def _rows_of(root: Root, name: str, rows: np.ndarray) -> _Rows:
     """The named rows of an embeddings file, in that order; row groups without any are not read."""
-    with root.open(name) as f:
-        try:
-            file = pq.ParquetFile(f, pre_buffer=False)
-            wanted = ("embedding", "norm", "topk_index", "topk_label")
-            columns = [c for c in wanted if c in file.schema_arrow.names]
-            parts, order, start = list[pa.Table](), list[np.ndarray](), 0
-            for group in range(file.num_row_groups):
-                end = start + file.metadata.row_group(group).num_rows
-                here = np.flatnonzero((rows >= start) & (rows < end))
-                if len(here):
-                    part = file.read_row_group(group, columns=columns)
-                    parts.append(part.take(pa.array(rows[here] - start)))
-                    order.append(here)
-                start = end
-            table = pa.concat_tables(parts).combine_chunks()
-            return _arrays(table.take(pa.array(np.argsort(np.concatenate(order)))))
-        except (KeyError, ValueError, OSError, pa.ArrowException) as e:
-            raise StorageError(f"{name} cannot be read: {' '.join(str(e).split())[:200]}") from e
+    with open_parquet(root, name) as file:
+        wanted = ("embedding", "norm", "topk_index", "topk_label")
+        columns = [c for c in wanted if c in file.schema_arrow.names]
+        parts, order, start = list[pa.Table](), list[np.ndarray](), 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            here = np.flatnonzero((rows >= start) & (rows < end))
+            if len(here):
+                part = file.read_row_group(group, columns=columns)
+                parts.append(part.take(pa.array(rows[here] - start)))
+                order.append(here)
+            start = end
+        table = pa.concat_tables(parts).combine_chunks()
+        return _arrays(table.take(pa.array(np.argsort(np.concatenate(order)))))
 
 
 def _arrays(table: pa.Table) -> _Rows:
@@ -307,7 +300,7 @@ def _measures(a: _Rows, b: _Rows, facts: tuple[dict[str, Any], dict[str, Any]]) 
     if a.embedding is None or b.embedding is None:
         unmeasured["overlap_at_10"] = unmeasured["mean_cosine"] = "a set keeps no embeddings"
     else:
-        units = _unit(a.embedding), _unit(b.embedding)
+        units = to_unit(a.embedding), to_unit(b.embedding)
         if n > NEIGHBOURS:
             found["overlap_at_10"] = _overlap(*units)
             found["overlap_by_chance"] = NEIGHBOURS / (n - 1)
@@ -341,12 +334,6 @@ def _unlike(a: _Rows, b: _Rows, facts: tuple[dict[str, Any], dict[str, Any]]) ->
         return f"the models have {counts[0]} and {counts[1]} classes"
     labels = [f["labels_sha256"] for f in facts]
     return "the classes have other names" if all(labels) and labels[0] != labels[1] else ""
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """float32 (n, D) of unit length; a zero vector stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The three kinds of failure: the sample's, the caller's and the store's.
+"""The three kinds of failure: the sample's, the caller's and the store's; and what a command exits with.
 
 A `Reject` costs one row in `rejects`. A `UsageError` ends the run with 2 before any work. A `StorageError`
 has already been retried; it leaves its shard uncommitted. `Stalled` and `NoRoom` are what the machines could not give.
@@ -6,6 +6,9 @@ Anything else is our own defect and is raised as it is.
 """
 
 from typing import Literal, get_args
+
+COMMITTED, FAILED, USAGE, REFUSED, STALLED, INTERRUPTED = 0, 1, 2, 3, 4, 130  # exit codes
+AGAIN = "run the same command to go on"
 
 Reason = Literal[
     "corrupt", "truncated", "unsupported", "too_large", "empty", "duplicate_key", "missing_image", "fetch_failed"

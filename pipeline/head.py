@@ -7,6 +7,7 @@ however far it has come by then: where a run finds nothing to do, or a mistake, 
 import importlib
 import os
 import secrets
+import selectors
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
 NICENESS = "RAY_worker_niceness"  # Ray's is 15: beside anything else that computes its workers would hardly move
 FEEDER_BYTES = 64 * 2**20  # … and, of each feeder, the chunks under way
+START_S = 120.0  # on a machine that has other work; some seconds on a free one
 
 _head: "subprocess.Popen[str] | None" = None
 _address = ""  # of Ray, once it is known to be up
@@ -45,7 +47,14 @@ def _settle_token() -> None:
 
 @contextmanager
 def reaching(address: str) -> Iterator[None]:
-    """For a running cluster the user's own settings hold: without our token; whether it answers is asked meanwhile.
+    """For a running cluster the user's own settings hold; whether it answers is asked meanwhile."""
+    with as_settled(), reach.asking(address):
+        yield
+
+
+@contextmanager
+def as_settled() -> Iterator[None]:
+    """Within, the user's own settings of authentication hold: there is no token of ours.
 
     A process that is connected already keeps its token: without it Ray's core ends the process at its next question.
     """
@@ -55,8 +64,7 @@ def reaching(address: str) -> Iterator[None]:
     if before:
         _look_again()
     try:
-        with reach.asking(address):
-            yield
+        yield
     finally:
         if before:
             _own.update(before)
@@ -90,9 +98,6 @@ def is_early(output: str | None) -> bool:
     return not (output and Path(output, "versions").is_dir())
 
 
-_settle_token()
-
-
 @contextmanager
 def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
     """Has Ray start, unless it runs here or starts already; within, `address` is where to connect."""
@@ -124,10 +129,13 @@ def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
 
 
 def address() -> str:
-    """Waits until Ray is up. Raises `OSError` where it could not start."""
+    """Waits until Ray is up. Raises `OSError` where it could not start, or does not in `START_S`."""
     global _address
     assert _head is not None and _head.stdout is not None
-    _address = _address or _head.stdout.readline().strip()
+    with selectors.DefaultSelector() as pipe:
+        pipe.register(_head.stdout, selectors.EVENT_READ)
+        if not _address and pipe.select(START_S):  # one line, put there whole
+            _address = _head.stdout.readline().strip()
     if not _address:
         raise OSError("Ray cannot be started on this machine: its logs are in /tmp/ray/session_latest/logs")
     return _address
@@ -156,6 +164,9 @@ def _main() -> None:
 def _end_with_parent() -> None:
     sys.stdin.read()
     os.killpg(0, signal.SIGKILL)
+
+
+_settle_token()  # here, for Ray's core reads it when Ray is imported, by whichever module is first
 
 
 if __name__ == "__main__":

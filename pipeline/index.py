@@ -1,9 +1,10 @@
 """Builds the nearest-neighbour index of a version: train once → one part a file → merge → measure → publish.
 
 Similarity is the cosine. A training and the parts made with it are used again by later versions of the set, so that a
-version costs the files that it changed; a file that it does not list is not merged. The same command after a crash goes
-on with what is there. Recall is measured on the version's own vectors each time; where an older training falls below
-what was asked, the version gets a training of its own, and where that does not reach it, nothing is published.
+version costs the files that it changed; a file that it does not list is not merged. The same command goes on with what
+is there, and makes again what is gone or damaged. Recall is measured on the version's own vectors each time; where an
+older training falls below what was asked, the version gets a training of its own, and where that does not reach it,
+nothing is published.
 """
 
 import hashlib
@@ -31,7 +32,8 @@ LISTS_PER_ROOT = 2  # lists for each square root of the vectors, as a power of t
 LEAST_PER_LIST = 32  # vectors
 SAMPLE_PER_LIST = 64  # vectors to train with; faiss itself wants 39 or more
 SAMPLE_BYTES = 512 * 2**20  # … and fewer where there are very many lists
-SAMPLED_FILES = 512  # at most, that are read for a sample
+LEAST_SAMPLE_PER_LIST = 8  # below it there are fewer lists than the vectors want: each is a mean of these
+SAMPLED_FILES = 512  # that are read for a sample; of small files as many as it needs
 QUERIES = 500  # of ten neighbours each: recall to half a percent
 GROWTH = 2  # an older training will do while it has at least half as many lists as the vectors want, at most twice
 CODES = {"flat": "float32", "ivf": "sq8"}
@@ -68,12 +70,13 @@ def build(
         kind = "flat" if len(vectors) * vectors.dim * 4 <= FLAT_BYTES else "ivf"
     known = [i for i in stored_index.read_all(root).values() if (i.set, i.kind) == (version.set, kind)]
     for index in reversed(known):
-        if index.files == version.files and index.version == version.version and index.recall_at_10 >= least:
+        is_ours = (index.files, index.version) == (version.files, version.version) and index.recall_at_10 >= least
+        if is_ours and stored_index.bytes_there(root, index) == index.bytes:
             return Built(index, is_new=False)
     root.clear_scratch(OLD_SCRATCH_S)
-    lists = lists_for(len(vectors), kind)
+    lists = lists_for(len(vectors), kind, vectors.dim)
     own = training_folder(version.set, kind, lists, version.files)
-    older = known[-1] if known else None
+    older = known[-1] if known and root.size(known[-1].trained) is not None else None
     if older and older.training != own and lists <= GROWTH * older.lists and older.lists <= GROWTH * lists:
         try:
             return _build(vectors, kind, older.lists, older.training, least, say)
@@ -82,26 +85,31 @@ def build(
     return _build(vectors, kind, lists, own, least, say)
 
 
-def lists_for(count: int, kind: str) -> int:
-    """How many lists so many vectors want: a power of two near twice their root."""
+def lists_for(count: int, kind: str, dim: int) -> int:
+    """How many lists so many vectors want: a power of two near twice their root, as far as a sample trains them."""
     if kind == "flat":
         return 1
-    return 2 ** max(0, round(math.log2(min(LISTS_PER_ROOT * math.sqrt(count), max(1, count / LEAST_PER_LIST)))))
+    wanted = min(LISTS_PER_ROOT * math.sqrt(count), max(1, count / LEAST_PER_LIST))
+    trained = max(1, SAMPLE_BYTES // (4 * dim * LEAST_SAMPLE_PER_LIST))
+    return 2 ** min(max(0, round(math.log2(wanted))), math.floor(math.log2(trained)))
 
 
 def _build(vectors: Vectors, kind: str, lists: int, folder: str, least: float, say: Callable[[str], None]) -> Built:
     root, version = vectors.root, vectors.version
     trained, is_trained_now = _training(vectors, kind, lists, folder, say)
     index = inverted.from_bytes(trained, f"{folder}/training.faiss")
-    parts = Parts(vectors, index, folder)
+    trained_sha256 = hashlib.sha256(trained).hexdigest()
+    parts = Parts(vectors, index, folder, trained_sha256)
     say(f"index of version {version.version}: {vectors.files:,} files, {len(parts.missing):,} to encode")
     bytes_of_parts = parts.make()
+    if parts.damaged:
+        say(f"{len(parts.damaged):,} parts were damaged or of another training: made again")
     local = Path(root.scratch()) / f"{uuid.uuid4().hex}.lists"
     try:
         parts.merge(local)
         measured = recall.measure(vectors, inverted.open_lists(index, local), _queries(vectors))
         point = _chosen(measured, least)
-        data = data_name(folder, version.files)
+        data, data_sha256 = data_name(folder, version.files), stored_index.sha256_of(local)
         stored = StoredIndex(
             version=version.version,
             set=version.set,
@@ -114,10 +122,7 @@ def _build(vectors: Vectors, kind: str, lists: int, folder: str, least: float, s
             code=CODES[kind],
             training=folder,
             data=data,
-            sha256={
-                f"{folder}/training.faiss": hashlib.sha256(trained).hexdigest(),
-                data: stored_index.sha256_of(local),
-            },
+            sha256={f"{folder}/training.faiss": trained_sha256, data: data_sha256},
             bytes=len(trained) + local.stat().st_size,
             bytes_of_parts=bytes_of_parts,
             probes=point.probes,
@@ -125,15 +130,18 @@ def _build(vectors: Vectors, kind: str, lists: int, folder: str, least: float, s
             recall_at_10=point.recall,
             queries=measured.queries,
             score_error=measured.score_error,
-            points=[vars(p) for p in measured.points],
+            points=[vars(p) | {"recall": round(p.recall, 6)} for p in measured.points],
             faiss=inverted.faiss().__version__,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-        root.put_new(data, local)
+        if not root.put_new(data, local) and stored_index.sha256_there(root, data) != data_sha256:
+            root.delete(data)  # damaged, or of an earlier training; who searches it has it open, or a copy
+            root.put_new(data, local)
     finally:
         local.unlink(missing_ok=True)
     stored_index.store(root, stored)
-    return Built(stored, is_new=True, parts_made=len(parts.missing), trained=is_trained_now)
+    made = len(parts.missing) + len(parts.damaged)
+    return Built(stored, is_new=True, parts_made=made, trained=is_trained_now)
 
 
 def _chosen(measured: Measured, least: float) -> Point:
@@ -141,7 +149,7 @@ def _chosen(measured: Measured, least: float) -> Point:
     if point is None:
         best = measured.best
         raise LowRecall(
-            f"recall@10 is {best.recall:.4f} at most, with {best.probes} lists probed and {best.candidates} candidates "
+            f"recall@10 is {best.recall:.6g} at most, with {best.probes} lists probed and {best.candidates} candidates "
             f"({measured.queries} queries), and --recall asks for {least}"
         )
     return point
@@ -182,8 +190,9 @@ def _sample(vectors: Vectors, lists: int) -> np.ndarray:
 def _drawn(vectors: Vectors, count: int, what: str) -> np.ndarray:
     """About `count` numbers, ascending, spread over the files by their rows; at random, the same ones each time."""
     rng = np.random.default_rng(int(digest(vectors.version.set, vectors.version.files, what), 16))
-    filled = np.flatnonzero(vectors.counts)
-    files = np.sort(rng.permutation(filled)[:SAMPLED_FILES])
+    shuffled = rng.permutation(np.flatnonzero(vectors.counts))
+    enough = int(np.searchsorted(np.cumsum(vectors.counts[shuffled]), 2 * count)) + 1  # files of twice the rows
+    files = np.sort(shuffled[: max(SAMPLED_FILES, enough)])
     rows = vectors.counts[files]
     shares = np.diff(np.floor(np.cumsum(rows) * min(1.0, count / rows.sum())).astype(np.int64), prepend=0)
     found = [

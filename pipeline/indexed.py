@@ -4,16 +4,15 @@ Without an index, or without faiss to read it, those of the sample stay; `Whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline import stored_index
 from pipeline.errors import StorageError, UsageError
-from pipeline.near_duplicates import Member, near_duplicates
+from pipeline.near_duplicates import near_duplicates
 from pipeline.output import Root
-from pipeline.search import Hit, search
-from pipeline.vector_map import GROUPS, NEAR, NEIGHBOURS, Duplicates, Neighbours, Sampled, Tile
+from pipeline.search import Hit, Searcher
+from pipeline.vector_map import GROUPS, NEAR, NEIGHBOURS, OF_GROUP, Duplicates, Neighbours, Sampled, Tile
 from pipeline.versions import Version
 
 JOINED_VECTORS = 200_000  # of more, looking up each one's neighbours takes minutes: `near-duplicates` does that
@@ -36,25 +35,27 @@ def of_version(
     duplicates: Duplicates | None,
 ) -> Whole:
     """`of_sample`, `duplicates`: the sample's; the queries stay the same."""
-    index = stored_index.index_of(root, version) if version else None
-    if version is None or index is None:
-        where = "all rows" if len(sampled) == sampled.of else f"the sample of {len(sampled):,} rows"
-        return Whole(list(of_sample), duplicates, f"Sought in {where}.")
+    where = "all rows" if len(sampled) == sampled.of else f"the sample of {len(sampled):,} rows"
     try:
-        found = [_neighbours(root, version, sampled, one) for one in of_sample]
+        searcher = Searcher(root, version) if version else None
+        if version is None or searcher is None or searcher.index is None:
+            return Whole(list(of_sample), duplicates, f"Sought in {where}.")
+        found = [_neighbours(searcher, sampled, one) for one in of_sample]
+        whole = duplicates
         if duplicates and version.rows <= JOINED_VECTORS:
-            duplicates = _duplicates(root, version, sampled, duplicates)
+            whole = _duplicates(root, version, sampled, duplicates)
     except (UsageError, StorageError) as e:
-        return Whole(list(of_sample), duplicates, f"Sought in the sample: the index cannot be used ({e}).")
+        return Whole(list(of_sample), duplicates, f"Sought in {where}: the index cannot be used ({e}).")
+    index = searcher.index
     recall = f"recall@10 {index.recall_at_10:.3f}"
-    return Whole(found, duplicates, f"Sought in all {index.vectors:,} rows through the {index.kind} index, {recall}.")
+    return Whole(found, whole, f"Sought in all {index.vectors:,} rows through the {index.kind} index, {recall}.")
 
 
-def _neighbours(root: Root, version: Version, sampled: Sampled, one: Neighbours) -> Neighbours:
+def _neighbours(searcher: Searcher, sampled: Sampled, one: Neighbours) -> Neighbours:
     vector = sampled.vectors[sampled.ids.index(one.query.id)]
     if not vector.any():
         return one  # it has no direction
-    hits = search(root, version, vector.astype(np.float64), top=NEIGHBOURS, without=one.query.id).hits
+    hits = searcher(vector.astype(np.float64), top=NEIGHBOURS, without=one.query.id).hits
     return Neighbours(query=one.query, nearest=[_tile(hit) for hit in hits], similarity=[hit.score for hit in hits])
 
 
@@ -66,18 +67,14 @@ def _duplicates(root: Root, version: Version, sampled: Sampled, of_sample: Dupli
     """The groups of all vectors; how near the nearest other is stays the sample's."""
     found = near_duplicates(root, version, above=NEAR)
     names = dict(zip(sampled.ids, sampled.names, strict=True))
-    shown = found.groups[:GROUPS]
-    return Duplicates(
-        edges=of_sample.edges,
-        nearest=of_sample.nearest,
-        median=of_sample.median,
-        among=found.vectors,
-        images=sum(map(len, found.groups)),
-        count=len(found.groups),
-        groups=[[_member(m, names) for m in group] for group in shown],
-        least=[min(m.score for m in group) for group in shown],
+    shown = found.first(GROUPS, OF_GROUP)
+    return replace(
+        of_sample,
+        among=len(found.vectors),
+        images=found.images,
+        count=found.count,
+        groups=[[Tile(m.id, m.shard, names.get(m.id, "")) for m in group] for group in shown],
+        sizes=found.sizes()[:GROUPS].tolist(),
+        least=found.least[:GROUPS].tolist(),
+        cut=found.cut,
     )
-
-
-def _member(member: Member, names: dict[str, str]) -> Tile:
-    return Tile(member.id, member.shard, names.get(member.id, ""))

@@ -16,13 +16,14 @@ from pipeline.errors import StorageError, UsageError
 
 KINDS = ("flat", "ivf")
 NUMBER_BYTES = SIZE_BYTES = 8
-GROUP_BYTES = 256 * 2**20  # of codes merged at once: more spare writes of short pieces
+PIECE_BYTES = 16 * 2**20  # of codes that are encoded, kept and read together
+GROUP_BYTES = 128 * 2**20  # of codes merged at once: more spare writes of short pieces
 ITERATIONS = 10  # of k-means
 SEED = 1
 
 
 class Codes(NamedTuple):
-    """Vectors of one file as they lie in an index, ordered by list. `rows`: of the file."""
+    """Some consecutive vectors of one file as they lie in an index, ordered by list. `rows`: of the file."""
 
     lists: np.ndarray  # int32 (n,)
     rows: np.ndarray  # int32 (n,)
@@ -70,52 +71,76 @@ def from_bytes(content: bytes, name: str) -> Any:
         return lib.deserialize_index(np.frombuffer(content, np.uint8))
     except Exception as e:  # its reader raises RuntimeError, MemoryError or an assertion's exception of its own
         why = " ".join(str(e).split())[:200]
-        raise StorageError(f"{name} is damaged ({why}): delete it and run `index` again") from e
+        folder = name.rpartition("/")[0]  # parts and lists of another training are of no use
+        raise StorageError(f"{name} is damaged ({why}): delete the folder {folder} and run `index` again") from e
 
 
-def encode(index: Any, blocks: Iterable[np.ndarray]) -> Codes:
-    """The codes of one file's vectors, in blocks of float32 (n, D)."""
+def encode(index: Any, blocks: Iterable[np.ndarray]) -> Iterator[Codes]:
+    """The codes of one file's vectors, given in blocks of float32 (n, D), in pieces of `PIECE_BYTES` and a block.
+
+    Of a piece three copies are held for a moment.
+    """
+    held, size, first = list[np.ndarray](), 0, 0
+    for block in blocks:
+        if len(block):
+            held.append(index.sa_encode(np.ascontiguousarray(block)))
+            size += held[-1].nbytes
+        if size >= PIECE_BYTES:
+            yield _piece(index, np.concatenate(held), first)
+            first += sum(map(len, held))
+            held, size = [], 0
+    if held:
+        yield _piece(index, np.concatenate(held), first)
+
+
+def _piece(index: Any, codes: np.ndarray, first: int) -> Codes:
+    """`codes`: uint8, each the number of its list and then the code itself, of the rows from `first` on."""
     coarse = index.coarse_code_size()
-    found = [index.sa_encode(np.ascontiguousarray(block)) for block in blocks if len(block)]
-    joined = np.concatenate(found) if found else np.empty((0, coarse + index.code_size), np.uint8)
-    lists = np.zeros(len(joined), np.int32)
+    lists = np.zeros(len(codes), np.int32)
     for byte in range(coarse):
-        lists |= joined[:, byte].astype(np.int32) << (8 * byte)
+        lists |= codes[:, byte].astype(np.int32) << (8 * byte)
     order = np.argsort(lists, kind="stable")
-    return Codes(lists[order], order.astype(np.int32), np.ascontiguousarray(joined[order, coarse:]))
+    return Codes(lists[order], (first + order).astype(np.int32), np.ascontiguousarray(codes[order, coarse:]))
 
 
-def merge(index: Any, parts: Iterator[tuple[int, Codes]], sizes: np.ndarray, path: Path) -> None:
-    """Writes the lists of all parts to `path`; a part's rows become numbers from its first on.
+def merge(index: Any, pieces: Iterator[tuple[int, Codes]], sizes: np.ndarray, path: Path) -> None:
+    """Writes the lists of all pieces to `path`; a piece's rows become numbers from the first of its file on.
 
-    `parts`: (first number, codes) of each, in order; some 256 MiB of them are held at once. `sizes`: int64
-    (lists,), of all parts together.
+    `pieces`: (first number of the file, codes) of each, in order; `GROUP_BYTES` and a piece of them are held at once,
+    twice. `sizes`: int64 (lists,), of all together.
     """
     code_size, entry = index.code_size, index.code_size + NUMBER_BYTES
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) * entry
     filled = np.zeros(len(sizes), np.int64)
     with path.open("wb") as file:
         handle = file.fileno()
-        for numbers, part in _grouped(parts):
-            lists, firsts, counts = np.unique(part.lists, return_index=True, return_counts=True)
+        for group in _grouped(pieces):
+            lists, firsts, counts = np.unique(group.lists, return_index=True, return_counts=True)
             for at, begin, count in zip(lists.tolist(), firsts.tolist(), counts.tolist(), strict=True):
                 here, span = int(filled[at]), slice(begin, begin + count)
                 start = int(starts[at])
-                _write(handle, part.codes[span], start + here * code_size)
-                _write(handle, numbers[span], start + int(sizes[at]) * code_size + here * NUMBER_BYTES)
+                _write(handle, group.codes[span], start + here * code_size)
+                _write(handle, group.numbers[span], start + int(sizes[at]) * code_size + here * NUMBER_BYTES)
                 filled[at] += count
         if not np.array_equal(filled, sizes):
             raise StorageError("parts of the index changed while they were merged: run `index` again")
         _write(handle, sizes, int(sizes.sum()) * entry)
 
 
-def _grouped(parts: Iterator[tuple[int, Codes]]) -> Iterator[tuple[np.ndarray, Codes]]:
-    """Several parts as one, ordered by list; `numbers`: int64 (n,)."""
-    held = list[tuple[np.ndarray, Codes]]()
+class _Group(NamedTuple):
+    """Several pieces as one, ordered by list."""
+
+    lists: np.ndarray  # int32 (n,)
+    numbers: np.ndarray  # int64 (n,)
+    codes: np.ndarray  # uint8 (n, code bytes)
+
+
+def _grouped(pieces: Iterator[tuple[int, Codes]]) -> Iterator[_Group]:
+    held = list[tuple[int, Codes]]()
     size = 0
-    for first, part in parts:
-        held.append((first + part.rows.astype(np.int64), part))
-        size += part.codes.nbytes
+    for first, piece in pieces:
+        held.append((first, piece))
+        size += piece.codes.nbytes
         if size >= GROUP_BYTES:
             yield _joined(held)
             held, size = [], 0
@@ -123,12 +148,18 @@ def _grouped(parts: Iterator[tuple[int, Codes]]) -> Iterator[tuple[np.ndarray, C
         yield _joined(held)
 
 
-def _joined(held: Sequence[tuple[np.ndarray, Codes]]) -> tuple[np.ndarray, Codes]:
-    lists = np.concatenate([part.lists for _, part in held])
+def _joined(held: Sequence[tuple[int, Codes]]) -> _Group:
+    lists = np.concatenate([piece.lists for _, piece in held])
     order = np.argsort(lists, kind="stable")
-    numbers = np.concatenate([numbers for numbers, _ in held])[order]
-    codes = np.concatenate([part.codes for _, part in held])
-    return numbers, Codes(lists[order], numbers, codes[order])
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    numbers, codes = np.empty(len(order), np.int64), np.empty((len(order), held[0][1].codes.shape[1]), np.uint8)
+    at = 0
+    for first, piece in held:  # each to its places: the codes are never there a third time
+        there = places[at : at + len(piece.lists)]
+        numbers[there], codes[there] = first + piece.rows.astype(np.int64), piece.codes
+        at += len(piece.lists)
+    return _Group(lists[order], numbers, codes)
 
 
 def _write(handle: int, values: np.ndarray, at: int) -> None:

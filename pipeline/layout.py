@@ -55,28 +55,31 @@ def lay_out(
 ) -> Layout:
     """`can_grow`: an autoscaler brings nodes for workers that find no room; `todo`: shards, of all `shards`.
 
-    Sizes go by all shards and not by those to do: a resumed run computes with as many threads as the first, so that
-    its vectors have the same bits. Raises `UsageError` for what this cluster can never give.
+    Sizes go by all shards and not by those to do: on the same nodes a resumed run computes with as many threads as the
+    first, so that its vectors have the same bits. On a cluster that has other nodes by then they may differ, by
+    float32 rounding. Nodes that come later are taken for such as are there.
+    Raises `UsageError` for what this cluster can never give.
     """
-    places = [n for n in nodes if _suits(n, device)]
+    places = [n for n in nodes if suits(n, device)]
     if not places:
-        raise UsageError(f"no node has a {'GPU' if device == 'cuda' else 'CPU'} that Ray could give")
+        raise UsageError(f"no node has a {device_word(device)} that Ray could give")
     if device == "cuda":
-        gpus, default = _on_gpus(config, places)
+        gpus, default = _on_gpus(config, places, can_grow)
     else:
         gpus, default = 0.0, sum(cpu_workers(n.cpus, n.memory) for n in places)
     least, most = config.actors or (default, default)
-    there = sum(n.gpus for n in nodes)
-    if gpus and not can_grow and least > sum(_times(n.gpus, gpus) for n in places):
-        raise UsageError(f"--actors {least} with {gpus:g} GPUs each: there {_are(there)}")
-    threads = _threads_each([n.cpus for n in places], most, shards)
-    feeders = _feeders(config, device, nodes, places, most)
+    memory = _memory_each(places) if device == "cpu" and (can_grow or len(nodes) > 1) else 0
+    room = [_room(n, gpus, memory, most) for n in places]
+    if gpus and not can_grow and least > sum(room):
+        raise UsageError(f"--actors {least} with {gpus:g} GPUs each: there {_are(sum(n.gpus for n in nodes))}")
+    threads = _threads_each([n.cpus for n in places], room, min(most, shards))
+    feeders = _feeders(config, device, nodes, places, most, min(most, sum(room)), can_grow)
     least, most = max(1, min(least, todo)), max(1, min(most, todo))
     return Layout(
         actors=(least, most),
         cpus=_cpus_each(places, device, threads, 0 if can_grow else least, most * feeders),
         gpus=gpus,
-        memory=_memory_each(places) if device == "cpu" and (can_grow or len(nodes) > 1) else 0,
+        memory=memory,
         threads=threads,
         feeders=feeders,
     )
@@ -84,11 +87,17 @@ def lay_out(
 
 def threads_alone(config: RunConfig, cpus: int, memory: int, shards: int) -> int:
     """The threads that `lay_out` gives each worker on one machine of the CPU, before there is a Ray to ask."""
-    return _threads_each([cpus], config.actors[1] if config.actors else cpu_workers(cpus, memory), shards)
+    most = config.actors[1] if config.actors else cpu_workers(cpus, memory)
+    return _threads_each([cpus], [most], min(most, shards))
 
 
-def _suits(node: Node, device: str) -> bool:
+def suits(node: Node, device: str) -> bool:
+    """Whether workers may compute there."""
     return node.gpus > 0 if device == "cuda" else node.cpus > 0
+
+
+def device_word(device: str) -> str:
+    return "GPU" if device == "cuda" else "CPU"
 
 
 def _are(gpus: float) -> str:
@@ -100,44 +109,68 @@ def _times(whole: float, part: float) -> int:
     return int(whole / part + 1e-6)
 
 
-def _on_gpus(config: RunConfig, places: Iterable[Node]) -> tuple[float, int]:
-    """GPUs of each actor, and how many actors there are unless `--actors` says it."""
+def _room(node: Node, gpus: float, memory: int, most: int) -> int:
+    """How many workers Ray puts there, whatever their CPUs: by its GPUs, or by memory where Ray counts that."""
+    if gpus:
+        return _times(node.gpus, gpus)
+    return node.lendable // memory if memory else most
+
+
+def _on_gpus(config: RunConfig, places: Iterable[Node], can_grow: bool) -> tuple[float, int]:
+    """GPUs of each actor, and how many actors there are unless `--actors` says it.
+
+    Where the cluster can grow `--actors` asks for more than the GPUs that are there, which is no reason to crowd them.
+    """
     gpus = [(n, max(1, int(n.gpus))) for n in places]
     total = sum(count for _, count in gpus)
     if config.gpus_per_actor is not None:
         each = config.gpus_per_actor
         return each, max(1, sum(_times(n.gpus, each) for n, _ in gpus)) if each else 1
+    by_cores = min(n.cpus // count // CUDA_ACTOR_THREADS for n, count in gpus)
+    by_memory = min(int(WORKERS_SHARE * n.memory) // count // CUDA_ACTOR_BYTES for n, count in gpus)
+    on_each = max(1, min(by_cores, CUDA_ACTORS, by_memory))
     if config.actors is not None:
-        on_each = -(-config.actors[1] // total)
-    else:
-        by_cores = min(n.cpus // count // CUDA_ACTOR_THREADS for n, count in gpus)
-        room = min(int(WORKERS_SHARE * n.memory) // count // CUDA_ACTOR_BYTES for n, count in gpus)
-        on_each = max(1, min(by_cores, CUDA_ACTORS, room))
+        even = -(-config.actors[1] // total)
+        on_each = min(even, on_each) if can_grow else even
     return math.floor(UNITS / on_each) / UNITS, on_each * total
 
 
-def _threads_each(cpus: Sequence[int], most: int, shards: int) -> int:
-    """The most that as many workers as can ever be busy have at once, each within one node."""
-    workers = max(1, min(most, shards))
+def _threads_each(cpus: Sequence[int], room: Sequence[int], busy: int) -> int:
+    """The most that workers have at once, as many as are ever `busy` and find `room`, each within one node.
+
+    No more of them share these nodes than these have room for, however many others an autoscaler brings.
+    """
+    workers = max(1, min(busy, sum(room)))
     threads = max(1, sum(cpus) // workers)
-    while threads > 1 and sum(c // threads for c in cpus) < workers:
+    while threads > 1 and sum(min(c // threads, r) for c, r in zip(cpus, room, strict=True)) < workers:
         threads -= 1
     return threads
 
 
-def _feeders(config: RunConfig, device: str, nodes: Sequence[Node], places: Sequence[Node], most: int) -> int:
-    """Of each actor. Left to us: all CPUs, where nodes without a GPU have more of them than those with one."""
+def _feeders(
+    config: RunConfig,
+    device: str,
+    nodes: Sequence[Node],
+    places: Sequence[Node],
+    most: int,
+    at_once: int,
+    can_grow: bool,
+) -> int:
+    """Of each actor. Left to us: all CPUs, where nodes without a GPU have more of them than those with one.
+
+    `at_once`: actors that these nodes have room for, of `most`.
+    """
     cpus = sum(n.cpus for n in nodes)
     if config.feeders is not None:
-        if config.feeders > cpus:
+        if config.feeders > cpus and not can_grow:
             raise UsageError(f"--feeders {config.feeders}: there are {cpus} CPUs, and each takes one")
-        return -(-config.feeders // most)
+        return -(-config.feeders // (most if can_grow else max(1, at_once)))
     own, gpus = sum(n.cpus for n in places), sum(n.gpus for n in places)
     if device == "cpu" or config.decode == "cuda" or cpus - own <= FORMER * own:
         return 0
     if own >= gpus * CUDA_ACTOR_THREADS * CUDA_ACTORS:  # they have all that Python's locks can use
         return 0
-    return max(0, cpus - 1) // most
+    return max(0, cpus - 1) // max(1, at_once)
 
 
 def _cpus_each(places: Sequence[Node], device: str, threads: int, workers: int, feeders: int) -> float:

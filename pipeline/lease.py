@@ -5,6 +5,8 @@ any number of starts wins, on any store that refuses a second object (`Root.put_
 highest number counts. Its holder alone overwrites it, in a thread, to say until when it holds; who finds that time
 past takes the next number, and deletes the lower ones. No store's compare-and-swap is needed.
 
+A holder whose store was away for too long is one of those: it takes the next number itself where nobody else has.
+
 What a lease guards against is work done twice. It is not what keeps versions right: those are numbered and create-only
 themselves. A holder asks `check` before it commits, and a commit that was read, checked and then slept through a
 takeover finds its version's number taken by the new holder's, or else is the version that this one builds on.
@@ -22,7 +24,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 
 from pipeline.errors import StorageError, UsageError
@@ -87,9 +89,7 @@ class Lease:
         other = self._look()
         if other is not None:
             raise Taken(str(other))
-        for name in self._root.list(FOLDER):
-            if _number(name) < self._number:
-                self._root.delete(name)
+        self._clear_lower()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
         return self
@@ -103,6 +103,8 @@ class Lease:
     def check(self) -> None:
         """Raises `Lost` where the lease has run out or somebody else has taken it. Call it before a commit."""
         if self._believed.is_past:
+            self._take_again()
+        if self._believed.is_past:
             raise Lost(f"the lease on {self._root.url} ran out after {self._timeout_s:.0f} s without a renewal")
         other = self._look()
         if other is not None:
@@ -115,21 +117,48 @@ class Lease:
             return f"lease {number}, which cannot be read"
         return None if held.token == self._claim.token else held
 
+    def _clear_lower(self) -> None:
+        """Whoever may not delete leaves them: each costs a listing entry."""
+        with suppress(OSError, StorageError):
+            for name in self._root.list(FOLDER):
+                if 0 < _number(name) < self._number:
+                    self._root.delete(name)
+
     def _renew(self) -> None:
-        while not self._closed.wait(self._timeout_s / RENEWALS) and not self._believed.is_past:
-            self._write()
+        while not self._closed.wait(self._timeout_s / RENEWALS):
+            if self._believed.is_past:
+                self._take_again()
+            else:
+                self._write()
 
     def _write(self, released: bool = False) -> None:
         """Nobody else writes this object. What fails is tried again with the next renewal, or runs out."""
         with self._changing, suppress(OSError, StorageError):
             if self._closed.is_set() and not released:
                 return
-            believed, now = _Deadline(self._timeout_s), time.time()
-            claim = Claim(
-                **asdict(self._claim) | {"until": now if released else now + self._timeout_s, "released": released}
-            )
-            self._root.overwrite(_name(self._number), _content(claim))
+            believed = _Deadline(self._timeout_s)
+            self._root.overwrite(_name(self._number), _content(self._claimed(released)))
             self._believed = believed
+
+    def _take_again(self) -> None:
+        """Of a lease that ran out, as where the store was away: by the next number, if nobody has come since.
+
+        Overwriting it would not do: somebody else may have found it past, and be about to put that number.
+        """
+        with self._changing, suppress(OSError, StorageError):
+            number, held = latest(self._root)
+            if self._closed.is_set() or held is None or held.token != self._claim.token:
+                return
+            believed = _Deadline(self._timeout_s)
+            self._root.put_new(_name(number + 1), _content(self._claimed()))
+            if self._look() is None:
+                self._number, self._believed = number + 1, believed
+                self._clear_lower()
+
+    def _claimed(self, released: bool = False) -> Claim:
+        """What the object is to say from now on."""
+        now = time.time()
+        return replace(self._claim, until=now if released else now + self._timeout_s, released=released)
 
 
 class _Deadline:

@@ -5,6 +5,7 @@ import re
 from pipeline.retries import redact_all
 
 MOST_CHARS = 200
+MOST_ID_CHARS = 2000  # of an id that somebody may want to copy: shards' names have 800 bytes at most, keys fewer
 # C0 and C1, line separators, and marks that turn the direction of what follows: a key could rewrite its neighbours.
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 

@@ -111,8 +111,8 @@ class Meters:
         return device_busy(before, self._forward_s, self._told_at - last, self._share)
 
     def succeed(self, version: Version | None) -> None:
-        """The run ended well, with this version; None where it makes none."""
-        self._commit_at, self._success_at = metrics.unix_time(version), time.time()
+        """The run ended well, with this version; None where it makes none, and the one before stays."""
+        self._commit_at, self._success_at = metrics.unix_time(version) or self._commit_at, time.time()
         self.tell()
 
     def _set(self, gauge: Metric, value: float | None, **labels: str) -> None:

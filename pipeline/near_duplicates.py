@@ -3,15 +3,19 @@
 Two images are in one group where a chain of pairs at or above the similarity leads from one to the other. A flat index
 is compared with itself as a whole, so no such pair is missed. Of an ivf index each vector's neighbours are asked for,
 and more of them while all that came are similar; a pair is missed where neither finds the other. What is held is a few
-blocks, pairs up to a bound, and 12 bytes a vector.
+blocks, pairs up to a bound, and 12 bytes a vector, some 60 for a moment when the groups are told apart. Ids are read
+when they are asked for, a block of members at a time.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline import inverted, stored_index
 from pipeline.errors import UsageError
+from pipeline.forest import Forest
 from pipeline.index import FLAT_BYTES
 from pipeline.output import Root
 from pipeline.vectors import ROW_BITS, Vectors
@@ -24,14 +28,19 @@ COMPARED_AT_ONCE = 8192
 PAIR_BYTES = 256 * 2**20  # of vectors, that pairs are weighed with at once
 LEAST_MARGIN = 0.01  # of an index's own scores: pairs so far below are weighed too
 TOLD = ("id", "shard", "key", "width", "height")
+MEMBERS = pa.schema(
+    {"group": pa.int64(), "id": pa.string(), "score": pa.float32(), "shard": pa.string(), "key": pa.string()}
+    | {"width": pa.int32(), "height": pa.int32()}
+)
+TOLD_AT_ONCE = 2**18  # members, as Arrow columns some 50 MB: each block may read ids of the whole version
 
 
 @dataclass(frozen=True)
 class Member:
     """`score`: its highest cosine to another of the group, of the pairs that were weighed."""
 
-    id: str
     score: float
+    id: str
     shard: str
     key: str
     width: int
@@ -40,18 +49,56 @@ class Member:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """`groups`: the largest first, each in the version's order. `cut`: vectors with 1024 similar ones or more."""
+    """The groups, the largest first, those of one size by similarity; their members in the version's order.
 
-    groups: list[list[Member]]
-    vectors: int
+    `numbers`, int64 (m,), and `scores`, float32 (m,), are the members', group after group; `ends`, int64 (g,), where
+    each group ends there; `least`, float32 (g,), its lowest score. `cut`: vectors with 1024 similar ones or more.
+    """
+
+    vectors: Vectors
+    numbers: np.ndarray
+    scores: np.ndarray
+    ends: np.ndarray
+    least: np.ndarray
     how: str
     cut: int
+
+    @property
+    def count(self) -> int:
+        """Of groups."""
+        return len(self.ends)
+
+    @property
+    def images(self) -> int:
+        """In any group."""
+        return len(self.numbers)
+
+    def sizes(self) -> np.ndarray:
+        """int64 (g,)."""
+        return np.diff(self.ends, prepend=0)
+
+    def first(self, groups: int, members: int) -> list[list[Member]]:
+        """Of the first groups the first members."""
+        starts = (self.ends - self.sizes())[:groups].tolist()
+        spans = [(at, min(at + members, end)) for at, end in zip(starts, self.ends.tolist(), strict=False)]
+        places = np.concatenate([np.empty(0, np.int64), *(np.arange(*span) for span in spans)])
+        rows = iter(self.vectors.rows(self.numbers[places], TOLD))
+        return [[Member(round(float(self.scores[at]), 6), **next(rows)) for at in range(*span)] for span in spans]
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Every member as the columns of `MEMBERS`, groups from 1 on; a block of them at a time."""
+        group_of = np.repeat(np.arange(1, self.count + 1), self.sizes())
+        for at in range(0, self.images, TOLD_AT_ONCE):
+            span = slice(at, at + TOLD_AT_ONCE)
+            told = self.vectors.table(self.numbers[span], TOLD)
+            columns = {name: told[name] for name in TOLD}
+            columns |= {"group": pa.array(group_of[span], pa.int64()), "score": pa.array(self.scores[span])}
+            yield pa.table([columns[name] for name in MEMBERS.names], schema=MEMBERS)
 
 
 def near_duplicates(root: Root, version: Version, *, above: float = 0.95) -> Duplicates:
     """All groups of a version at a cosine of `above` or more. Raises `UsageError` for a large one without an index."""
-    if not 0 < above <= 1:
-        raise UsageError(f"--above {above}: must be above 0 and at most 1")
+    check_above(above)
     vectors = Vectors(root, version)
     index, groups, cut = stored_index.index_of(root, version), _Groups(vectors), 0
     if index is None and len(vectors) * vectors.dim * 4 > FLAT_BYTES:
@@ -72,7 +119,13 @@ def near_duplicates(root: Root, version: Version, *, above: float = 0.95) -> Dup
         opened = stored_index.open_stored(root, index)
         cut = _join(vectors, opened, max(index.probes, LEAST_PROBES), least, pairs)
         pairs.weigh()
-    return Duplicates(groups.told(), len(vectors), how, cut)
+    return groups.told(how, cut)
+
+
+def check_above(above: float) -> None:
+    """Raises `UsageError`."""
+    if not 0 < above <= 1:
+        raise UsageError(f"--above {above}: must be above 0 and at most 1")
 
 
 def _compare_all(numbers: np.ndarray, unit: np.ndarray, above: float, groups: "_Groups") -> None:
@@ -140,12 +193,12 @@ class _Pairs:
 
 
 class _Groups:
-    """Which vectors belong together: a forest over their places in the version."""
+    """Which vectors belong together, by their places in the version."""
 
     def __init__(self, vectors: Vectors):
         self._vectors = vectors
         self._firsts = np.concatenate([[0], np.cumsum(vectors.counts)])  # place of each file's first vector
-        self._parents = np.arange(len(vectors))
+        self._forest = Forest(len(vectors))
         self._scores = np.zeros(len(vectors), np.float32)
 
     def add(self, number: int, others: np.ndarray, scores: np.ndarray) -> None:
@@ -153,32 +206,18 @@ class _Groups:
         place, places = self._places(np.array([number])), self._places(others)
         self._scores[place] = max(self._scores[place[0]], scores.max())
         self._scores[places] = np.maximum(self._scores[places], scores)
-        roots = self._roots(np.concatenate([place, places]))
-        self._parents[roots] = roots.min()
+        self._forest.join(np.concatenate([place, places]))
 
     def apart(self, pairs: np.ndarray) -> np.ndarray:
         """Of the pairs, int64 (n, 2), those that are not in one group already."""
-        roots = self._roots(self._places(pairs.reshape(-1))).reshape(-1, 2)
+        roots = self._forest.roots(self._places(pairs))
         return pairs[roots[:, 0] != roots[:, 1]]
 
-    def told(self) -> list[list[Member]]:
-        roots = self._roots(np.arange(len(self._parents)))
-        sizes = np.bincount(roots, minlength=len(roots))
-        places = np.flatnonzero(sizes[roots] > 1)
+    def told(self, how: str, cut: int) -> Duplicates:
+        places, ends, least = self._forest.groups(self._scores)
         files = np.searchsorted(self._firsts, places, side="right") - 1
         numbers = (files << ROW_BITS) + places - self._firsts[files]
-        groups = dict[int, list[Member]]()
-        for place, row in zip(places, self._vectors.rows(numbers, TOLD), strict=True):
-            member = Member(score=round(float(self._scores[place]), 6), **row)
-            groups.setdefault(int(roots[place]), []).append(member)
-        return sorted(groups.values(), key=lambda group: -len(group))
+        return Duplicates(self._vectors, numbers, self._scores[places], ends, least, how, cut)
 
     def _places(self, numbers: np.ndarray) -> np.ndarray:
         return self._firsts[numbers >> ROW_BITS] + (numbers & (2**ROW_BITS - 1))
-
-    def _roots(self, places: np.ndarray) -> np.ndarray:
-        roots = self._parents[places]
-        while not np.array_equal(above := self._parents[roots], roots):
-            roots = above
-        self._parents[places] = roots  # so that the next way up is short
-        return roots

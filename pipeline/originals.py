@@ -5,7 +5,7 @@ Each shard is read as `embed` reads it, to the last row that is wanted of it, an
 
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.errors import Reject, StorageError, UsageError
@@ -30,19 +30,20 @@ class Originals:
     unread: int = 0  # the store failed, or all that may be read was read
 
 
+def check_input(shards: Sequence[Shard], names: Collection[str]) -> None:
+    """Raises `UsageError` where none of the input's shards is among the version's, by `names`."""
+    if names and not any(shard.name in names for shard in shards):
+        raise UsageError(
+            f"--input lists {len(shards)} shards, such as {shards[0].name if shards else 'none'}, and none of this "
+            f"version's, such as {next(iter(names))}: give --input as it was given to embed"
+        )
+
+
 def originals(
     shards: Sequence[Shard], etags: Mapping[str, str], wanted: Mapping[str, str], side: int = SIDE
 ) -> Originals:
-    """`etags`: of the version's shards, by name. `wanted`: id → shard. `side`: pixels of the longer one, at most.
-
-    Raises `UsageError` where none of the input's shards is among the version's.
-    """
+    """`etags`: of the version's shards, by name. `wanted`: id → shard. `side`: pixels of the longer one, at most."""
     by_name = {s.name: s for s in shards}
-    if etags and not by_name.keys() & etags.keys():
-        raise UsageError(
-            f"--input lists {len(shards)} shards, such as {next(iter(by_name), 'none')}, and none of this version's, "
-            f"such as {next(iter(etags))}: give --input as it was given to embed"
-        )
     ids = defaultdict[str, set[str]](set)
     for image_id, shard in wanted.items():
         ids[shard].add(image_id)

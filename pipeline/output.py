@@ -59,6 +59,15 @@ class Root:
         cut = len(self.path.rstrip("/")) + 1
         return sorted({name for info in found if (name := info["name"][cut:].rstrip("/"))})
 
+    def list_flat(self, folder: str) -> list[str]:
+        """The objects that lie directly in `folder`, by path below the root; none where there is no such folder."""
+        cut = len(self.path.rstrip("/")) + 1
+        try:
+            found = self._do("list", folder, lambda: children(self.fs, self.at(folder)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(info["name"][cut:] for info in found if info["type"] == "file" and not info["name"].endswith("/"))
+
     def list(self, folder: str) -> dict[str, int]:
         """Path below the root → size in bytes, of every object below `folder`; empty where there is none."""
         cut = len(self.path.rstrip("/")) + 1
@@ -70,6 +79,13 @@ class Root:
             return self._do("list", folder, listing)
         except FileNotFoundError:
             return {}
+
+    def size(self, name: str) -> int | None:
+        """In bytes, as the store has it now; None where there is no such object."""
+        try:
+            return int(self._do("look at", name, lambda: object_info(self.fs, self.at(name)))["size"])
+        except FileNotFoundError:
+            return None
 
     def read(self, name: str) -> bytes:
         self.fs.invalidate_cache()  # s3fs believes an older listing that a new object is not there

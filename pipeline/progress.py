@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -26,6 +26,7 @@ NOTE_EVERY_S = 10.0
 ALIVE_S = 120.0  # a run whose note is older than this is taken for dead
 UNFINISHED_S = 7 * 86400.0  # days of a GPU's work may lie in a set that waits for somebody to come back on Monday
 NOTES_AT_ONCE = 32
+NEWEST = 100  # notes; of a schedule by the hour a year makes nine thousand
 STATES = ("running", "committed", "failed", "refused", "stalled", "interrupted", "died")  # as `outcome` gives them
 
 
@@ -35,7 +36,7 @@ class State:
 
     set: str
     shards: int
-    state: str = "running"  # running, committed, failed, refused, stalled, interrupted
+    state: str = "running"  # of `STATES`, but `died`
     shards_unchanged: int = 0
     shards_done: int = 0  # by this run
     images: int = 0  # rows by this run, of shards under way too
@@ -134,14 +135,17 @@ class Display:
 
     def _text(self) -> str:
         state = self._state
-        eta = "" if state.eta_s is None else f" · {_duration(state.eta_s)} to go"
+        eta = "" if state.eta_s is None else f" · {duration(state.eta_s)} to go"
         return f"{state.images:,} images · {state.images_per_s:,.0f}/s · {state.rejects:,} rejected{eta}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For a person: `4.2 s`, `42 s`, `5 min 03 s`, `26 h 05 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 or not seconds else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 class Note:
@@ -186,6 +190,13 @@ def read_notes(root: Root, newest: int = 0) -> list[State]:
         return None
 
     return [note for note in ordered(read, names[-newest:], NOTES_AT_ONCE) if note]
+
+
+def looks(root: Root) -> Iterator[list[State]]:
+    """The notes of all runs, and each further time the newest: who asks again and again waits for no old ones."""
+    yield read_notes(root)
+    while True:
+        yield read_notes(root, newest=NEWEST)
 
 
 def sets_in_use(notes: Iterable[State]) -> set[str]:

@@ -49,15 +49,18 @@ def _listed(url: str, kind: str, number: int | None, set_name: str | None) -> tu
     return root, listed
 
 
+def newest_of(root: Root, set_name: str) -> Version | None:
+    """The newest version of a set; None where it has none."""
+    of_all = (current(root, number) for number in reversed(numbers(root)))
+    return next((version for version in of_all if version.set == set_name), None)
+
+
 def _of_set(root: Root, set_name: str, number: int | None) -> Version:
     """The newest version of the set, or the numbered one, which must be of it."""
-    sets = list[str]()
-    for each in reversed(numbers(root)) if number is None else [number]:
-        version = current(root, each)
-        if version.set == set_name:
-            return version
-        sets.append(version.set)
-    if number is not None:
-        raise UsageError(f"--set {set_name}: version {number} of {root.url} is of {sets[0]}")
-    known = ", ".join(sorted(set(sets))) or "none"
-    raise UsageError(f"--set {set_name}: {root.url} has no version of it; sets with versions: {known}")
+    version = newest_of(root, set_name) if number is None else current(root, number)
+    if version is None:
+        known = ", ".join(sorted({current(root, each).set for each in numbers(root)})) or "none"
+        raise UsageError(f"--set {set_name}: {root.url} has no version of it; sets with versions: {known}")
+    if version.set != set_name:
+        raise UsageError(f"--set {set_name}: version {number} of {root.url} is of {version.set}")
+    return version

@@ -64,9 +64,8 @@ def measure(vectors: Vectors, index: Any, queries: np.ndarray) -> Measured:
     points = []
     for count in CANDIDATES:
         for at, p in enumerate(probes):
-            hits = (cosines[:, at, :count] >= least[:, None]).sum(axis=1)
-            share = np.minimum(hits, there.sum(axis=1)) / np.maximum(1, there.sum(axis=1))
-            points.append(Point(p, count, round(float(share[there.any(axis=1)].mean()), 4) if there.any() else 1.0))
+            hits = np.minimum((cosines[:, at, :count] >= least[:, None]).sum(axis=1), there.sum(axis=1))
+            points.append(Point(p, count, int(hits.sum()) / int(there.sum()) if there.any() else 1.0))
     errors = [
         np.abs(scores - cosines[:, at])[numbers >= 0].max(initial=0) for at, (scores, numbers) in enumerate(found)
     ]

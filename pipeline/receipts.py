@@ -84,6 +84,6 @@ def read_receipts(root: Root, run: str) -> pa.Table | None:
     """The columns of `RECEIPTS`, a row a shard; None where there is no such file, or a damaged one."""
     try:
         table = pq.read_table(BytesIO(root.read(receipts_name(run))))
-    except (FileNotFoundError, ValueError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):  # OSError: it is not there, or a page does not unpack
         return None
     return table if table.schema.equals(RECEIPTS) else None

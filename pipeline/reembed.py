@@ -17,19 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline import cluster, versions
+from pipeline import cluster, signals, versions
 from pipeline.bill import bill
 from pipeline.compare import Drift, Side, drift
 from pipeline.config import RunConfig
-from pipeline.errors import Stalled, StorageError, UsageError
+from pipeline.errors import COMMITTED, Stalled, StorageError, UsageError
 from pipeline.garbage import collect_garbage
 from pipeline.lease import TIMEOUT_S, Lease, Lost, Taken, holder
 from pipeline.lists import FileList
 from pipeline.output import Root
-from pipeline.progress import read_notes, sets_in_use
-from pipeline.result import COMMITTED, ENDS, STALLED, Result, plan_line
+from pipeline.progress import looks, sets_in_use
+from pipeline.result import ENDS, Result, idle, plan_line, stalled
 from pipeline.rollback import held
-from pipeline.run import AGAIN, Refused, Run, embed, plan, say_on_stderr, terminated_as_interrupted
+from pipeline.run import Refused, Run, embed, plan
 from pipeline.versions import Version
 from pipeline.watch import Failed
 
@@ -59,7 +59,7 @@ class Terms:
                 raise UsageError(f"--{flag.replace('_', '-')} {value}: must lie between 0 and 1")
 
 
-def reembed(config: RunConfig, terms: Terms, say: Callable[[str], None] = say_on_stderr) -> Result:
+def reembed(config: RunConfig, terms: Terms, say: Callable[[str], None]) -> Result:
     """One scheduled run. Its `json` has the keys of `embed`'s, and `result`, `lease`, `version_before`, `deleted`.
 
     `result`: committed, unchanged, taken, or how else it ended. Raises `UsageError` for what is wrong before any work.
@@ -69,29 +69,18 @@ def reembed(config: RunConfig, terms: Terms, say: Callable[[str], None] = say_on
     if config.dry_run:
         return _dry(config, root, before, say)
     try:
-        with terminated_as_interrupted(), Lease(root, terms.lease_timeout_s) as lease:
+        with signals.interruptible(), Lease(root, terms.lease_timeout_s) as lease:
             before = versions.read_version(root)
             ended = embed(config, say, _Gates(terms, lease))
             number = before.version if before else None
-            is_new = ended.exit_code == COMMITTED and ended.json["version"] != number
+            # No version: metrics beside vectors.
+            is_new = ended.exit_code == COMMITTED and ended.json["version"] not in (None, number)
             cleaned = _clean_up(root, terms.keep, lease, is_new, say) if ended.exit_code == COMMITTED else {}
     except Taken as e:
-        return Result(COMMITTED, f"nothing done: the lease on {root.url} is held by {e}", _taken(root, before, str(e)))
+        told = {"result": "taken", "lease": f"taken-by {e}", "version_before": before.version if before else None}
+        return Result(COMMITTED, f"nothing done: the lease on {root.url} is held by {e}", idle(root.url, before) | told)
     word = ENDS[ended.exit_code] if is_new or ended.exit_code != COMMITTED else "unchanged"
     return replace(ended, json=ended.json | {"result": word, "lease": "held", "version_before": number} | cleaned)
-
-
-def _taken(root: Root, before: Version | None, by: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(("shards_embedded", "shards_removed", "samples_embedded", "seconds"), 0)
-    number = before.version if before else None
-    return {
-        "result": "taken",
-        "lease": f"taken-by {by}",
-        "output": root.url,
-        "set": before.set if before else None,
-        "version": number,
-        "version_before": number,
-    } | nothing
 
 
 def _dry(config: RunConfig, root: Root, before: Version | None, say: Callable[[str], None]) -> Result:
@@ -99,7 +88,8 @@ def _dry(config: RunConfig, root: Root, before: Version | None, say: Callable[[s
         with cluster.used(config.ray_address, say):
             run = plan(config, say)
     except Stalled as e:
-        return Result(STALLED, f"{e}; {AGAIN}", {"result": ENDS[STALLED], "output": root.url})
+        ended = stalled(e, root.url)
+        return replace(ended, json=ended.json | {"result": ENDS[ended.exit_code]})
     say(plan_line(run))
     told, message = bill(run, before)
     taken = holder(root)
@@ -186,13 +176,15 @@ class _Gates:
 def _clean_up(root: Root, keep: int | None, lease: Lease, is_new: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Deletes what the kept versions do not name. What an unfinished run may go on from stays.
 
-    A failure here takes nothing back: the version is committed, and the next run cleans up.
+    A failure here takes nothing back, nor does a signal: the version is committed, and the next run cleans up.
     """
     if keep is None or (not is_new and len(versions.numbers(root)) <= keep):
         return {"deleted": 0}
     try:
-        lease.check()
-        return {"deleted": len(collect_garbage(root, keep, lambda: sets_in_use(read_notes(root))))}
-    except (Lost, StorageError, OSError) as e:
-        say(f"the result is committed, and cleaning up failed: {e}")
+        with signals.heard():
+            lease.check()
+            notes = looks(root)
+            return {"deleted": len(collect_garbage(root, keep, lambda: sets_in_use(next(notes))))}
+    except (Lost, StorageError, OSError, UsageError, KeyboardInterrupt) as e:  # UsageError: another gc was here
+        say(f"the result is committed, and cleaning up failed: {str(e) or 'interrupted'}")
         return {"deleted": None}

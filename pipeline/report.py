@@ -5,7 +5,6 @@ shards of the input ─► thumbnails of what they show ┘           ├─► 
                                         template, plotly.js ────┘
 """
 
-import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,10 +16,12 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.legible import legible
 from pipeline.listing import Shard
-from pipeline.originals import originals
+from pipeline.originals import check_input, originals
 from pipeline.output import Root
-from pipeline.report_figures import Figures, gather, state_of
+from pipeline.progress import outcome
+from pipeline.report_figures import Figures, choose, gather
 from pipeline.report_verdict import verdict
+from pipeline.result_file import check_place, written_whole
 
 PICTURES = 300  # thumbnails, 4 kB each; some of them twice
 EXTRA = ("plotly", "jinja2")
@@ -53,15 +54,20 @@ def report(
     """Writes the report: below the root under a new name, or to the local file `html`, which is replaced.
 
     `shards`: the input's listing, to fetch thumbnails from; None for a report without. Raises `UsageError` for an
-    unknown version or run, an input that is another's, a file that cannot be written.
+    unknown version or run, an input that is another's, a file that cannot be written: before any work, but for a full
+    disk.
     """
     from pipeline.report_page import page, wanted  # plotly and jinja2 are an extra
 
-    figures = gather(root, version=version, run=run)
-    pictures = None
+    if html is not None:
+        check_place(Path(html), "--html")
+    chosen = choose(root, version=version, run=run)
+    columns = (chosen.files.column(name).to_pylist() for name in ("shard", "etag"))
+    etags = dict(zip(*columns, strict=True))
     if shards is not None:
-        columns = (figures.files.column(name).to_pylist() for name in ("shard", "etag"))
-        pictures = originals(shards, dict(zip(*columns, strict=True)), wanted(figures, PICTURES))
+        check_input(shards, etags)
+    figures = gather(root, chosen)
+    pictures = originals(shards, etags, wanted(figures, PICTURES)) if shards is not None else None
     content = page(figures, pictures).encode("utf-8", "backslashreplace")
     path = _put(root, content) if html is None else _write(Path(html), content)
     told = _told(figures) | {"thumbnails": len(pictures.pictures) if pictures else 0}
@@ -75,14 +81,8 @@ def _put(root: Root, content: bytes) -> str:
 
 
 def _write(path: Path, content: bytes) -> str:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
+    with written_whole(path, "--html") as part:
         part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise UsageError(f"--html {path} cannot be written: {e.strerror or e}") from e
     return str(path)
 
 
@@ -91,7 +91,7 @@ def _told(f: Figures) -> dict[str, Any]:
     sections: dict[str, Any] = {
         "verdict": verdict(f),
         "run": f.run.name if f.run else None,
-        "state": state_of(f.run) if f.run else None,
+        "state": outcome(f.run) if f.run else None,
         "version": f.version.version if f.version else None,
         "set": f.version.set if f.version else f.run.set if f.run else None,
         "rows": f.files.totals.rows,

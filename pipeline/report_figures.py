@@ -21,7 +21,7 @@ from pipeline.journal import Journal
 from pipeline.lists import FileList
 from pipeline.output import Root
 from pipeline.parquet_files import open_parquet
-from pipeline.progress import State
+from pipeline.progress import State, outcome
 from pipeline.receipts import read_receipts
 from pipeline.rejected import Rejected, rejected
 from pipeline.tensor_rows import PREFIX
@@ -48,8 +48,11 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
-    """`version` is None where nothing was committed; then the files are what there is of the run's set."""
+class Chosen:
+    """What a report is of, known before any work.
+
+    `version` is None where nothing was committed; then the files are what there is of the run's set.
+    """
 
     output: str
     run: State | None
@@ -57,6 +60,12 @@ class Figures:
     version: Version | None
     files: FileList
     described: dict[str, Any]  # set.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures(Chosen):
+    """All that a report tells."""
+
     packages: dict[str, str]
     timeline: Timeline | None = None
     distributions: Distributions | None = None
@@ -71,28 +80,39 @@ class Figures:
     absent: dict[str, str] = field(default_factory=dict)  # section → why it has nothing to show
 
 
-def gather(root: Root, *, version: int | None = None, run: str | None = None) -> Figures:
-    """Raises `UsageError` for a version or a run that the output does not have, and where there is neither."""
+def choose(root: Root, *, version: int | None = None, run: str | None = None) -> Chosen:
+    """The run named, or that made the version named, or the newest; and its version, else the one named.
+
+    Raises `UsageError` for those that the output does not have, where there is neither, and for a version that the run
+    named did not make.
+    """
     notes = [note for note in progress.read_notes(root) if _is_whole(note)]
-    note, committed = _choose(root, notes, run, version)
+    note, committed = _of_run(root, notes, run, version)
     set_name = committed.set if committed else note.set if note else ""
-    described = versions.described(root, set_name)
-    files = versions.read_list(root, committed) if committed else _so_far(root, set_name)
+    return Chosen(
+        output=root.url,
+        run=note,
+        runs=[_line(n) for n in notes[-RUNS:]],
+        version=committed,
+        files=versions.read_list(root, committed) if committed else _so_far(root, set_name),
+        described=versions.described(root, set_name),
+    )
+
+
+def gather(root: Root, chosen: Chosen) -> Figures:
+    """The figures of every section, which takes seconds to minutes."""
+    note, committed, files, described = chosen.run, chosen.version, chosen.files, chosen.described
+    classes = int(described["classes"])
     absent: dict[str, str] = {}
     sampled = _sampled(root, files, described, absent)
     drawn = vector_map.project(sampled) if sampled else None
     whole = _whole(root, committed, sampled, drawn) if sampled and drawn else None
     change, drift = _since(root, committed, files, absent)
     return Figures(
-        output=root.url,
-        run=note,
-        runs=[_line(n) for n in notes[-RUNS:]],
-        version=committed,
-        files=files,
-        described=described,
+        **vars(chosen),
         packages=note.packages if note and note.packages else _packages(root, files),
         timeline=_timeline(root, note, absent),
-        distributions=distributions(root, files, int(described["classes"]), lambda: _class_names(described)),
+        distributions=distributions(root, files, classes, lambda: _class_names(described)),
         rejected=rejected(root, files),
         sampled=sampled,
         map=drawn,
@@ -108,12 +128,16 @@ def gather(root: Root, *, version: int | None = None, run: str | None = None) ->
 # which run, which version
 
 
-def _choose(
+def _of_run(
     root: Root, notes: Sequence[State], name: str | None, number: int | None
 ) -> tuple[State | None, Version | None]:
-    """The run named, or that made the version named, or the newest; and its version, None where it made none."""
+    note: State | None
     if name is not None:
-        note: State | None = _named(root, notes, name)
+        note = _named(root, notes, name)
+        made = note.result.get("version")
+        if number is not None and number != made:
+            of = f"made version {made}" if made is not None else "made no version"
+            raise UsageError(f"--version {number}: the run {note.name} {of}: leave out --version or --run")
     elif number is not None:
         of_it = [n for n in notes if n.result.get("version") == number]
         note = next(reversed([n for n in of_it if n.result.get("shards_embedded")] or of_it), None)
@@ -152,13 +176,8 @@ def _is_whole(note: State) -> bool:
 
 def _line(note: State) -> dict[str, Any]:
     told = ("version", "shards_embedded", "rows", "seconds", "images_per_s", "limited_by", "top1", "top5", "labelled")
-    line = {"name": note.name, "state": state_of(note), "set": note.set, "started": note.started}
+    line = {"name": note.name, "state": outcome(note), "set": note.set, "started": note.started}
     return line | {key: note.result.get(key) for key in told}
-
-
-def state_of(note: State) -> str:
-    """As `status` has it: a run that fell silent has died."""
-    return "died" if note.state == "running" and not progress.is_alive(note) else note.state
 
 
 def _class_names(described: dict[str, Any]) -> Sequence[str]:
@@ -189,7 +208,7 @@ def _timeline(root: Root, note: State | None, absent: dict[str, str]) -> Timelin
     receipts = read_receipts(root, note.name)
     found = timeline(receipts) if receipts is not None else None
     if found is None:
-        if state_of(note) in ("running", "died"):
+        if outcome(note) in ("running", "died"):
             absent["speed"] = "The run wrote no record of its shards: it does so when it ends."
         elif note.result.get("shards_embedded"):
             absent["speed"] = "The record of the run's shards is gone."
@@ -224,12 +243,12 @@ def _since(
     if not earlier:
         absent["drift"] = "There is no version before this one to compare it with."
         return None, None
-    before = versions.current(root, earlier[-1])
     try:
+        before = versions.current(root, earlier[-1])
         change = _change(before, versions.read_list(root, before), committed, files)
         return change, compare(root, before.version, committed.version)
     except (UsageError, StorageError) as e:
-        absent["drift"] = f"Version {before.version} cannot be compared with: {e}."
+        absent["drift"] = f"Version {earlier[-1]} cannot be compared with: {e}."
         return None, None
 
 

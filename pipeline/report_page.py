@@ -20,12 +20,12 @@ from plotly.offline import get_plotlyjs
 
 import pipeline
 from pipeline import report_charts as charts
-from pipeline.distributions import CALIBRATION_BINS, LEAST_LABELLED
 from pipeline.legible import first_synonym, legible
 from pipeline.originals import Originals
-from pipeline.report_figures import Figures, state_of
+from pipeline.progress import duration, outcome
+from pipeline.report_figures import Figures
 from pipeline.report_verdict import limits, rate, reasons, verdict
-from pipeline.vector_map import NEAR, OF_GROUP, Tile
+from pipeline.vector_map import NEAR, Tile
 
 BRIEF_CHARS = 40  # of a class in a table
 Pictures = Mapping[str, bytes]  # JPEGs by id
@@ -39,7 +39,7 @@ def page(figures: Figures, originals: Originals | None) -> str:
     context = {
         "f": figures,
         "run": figures.run,
-        "state": state_of(figures.run) if figures.run else "",
+        "state": outcome(figures.run) if figures.run else "",
         "result": figures.run.result if figures.run else {},
         "charts": {name: chart.label for name, chart in drawn.items()},
         "verdict": verdict(figures),
@@ -47,9 +47,7 @@ def page(figures: Figures, originals: Originals | None) -> str:
         "reasons": reasons,
         "originals": originals,
         "picture_of": lambda image_id: Markup(_uri(pictures.get(image_id))),
-        "constants": {
-            "near": NEAR, "of_group": OF_GROUP, "bins": CALIBRATION_BINS, "least_labelled": LEAST_LABELLED,
-        },
+        "near": NEAR,
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "shard2vec": pipeline.__version__,
         "css": Markup(_text("report.css")),
@@ -66,7 +64,7 @@ def page(figures: Figures, originals: Originals | None) -> str:
         "count": _count,
         "rate": rate,
         "share": _share,
-        "duration": _duration,
+        "duration": duration,
         "size": _size,
         "moment": _moment,
     }
@@ -134,7 +132,9 @@ def _charts(f: Figures, pictures: Pictures) -> dict[str, _Drawn]:
             charts.vector_map(f.sampled, f.map, has_picture), f"Map of {len(f.map.points):,} images by two components"
         )
     if f.duplicates:
-        label = f"Cosine of each image to its nearest other, median {f.duplicates.median:.3f}"
+        d = f.duplicates
+        some = f" of a sample of {d.nearest_among:,}" if d.nearest_among < d.among else ""
+        label = f"Cosine of each image{some} to its nearest other, median {d.median:.3f}"
         drawn["similarity"] = _Drawn(charts.similarity(f.duplicates), label)
     if f.drift and f.drift.moved:
         drawn["moved"] = _Drawn(
@@ -201,14 +201,6 @@ def _share(number: float, digits: int = 1) -> str:
     return f"{100 * number:.{digits}f} %"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 def _size(count: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
@@ -225,7 +217,7 @@ def wanted(figures: Figures, most: int) -> dict[str, str]:
     """Id → shard of the images that the page can show, the sheets first, then points of the map evenly."""
     found = {example.id: example.shard for example in (figures.rejected.examples if figures.rejected else ())}
     tiles: list[Tile] = [tile for n in figures.neighbours for tile in (n.query, *n.nearest)]
-    tiles += [tile for group in (figures.duplicates.groups if figures.duplicates else ()) for tile in group[:OF_GROUP]]
+    tiles += [tile for group in (figures.duplicates.groups if figures.duplicates else ()) for tile in group]
     found |= {tile.id: tile.shard for tile in tiles}
     if figures.map and figures.sampled and (left := most - len(found)) > 0:
         step = max(1.0, len(figures.map.points) / left)

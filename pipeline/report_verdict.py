@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from pipeline.report_figures import Figures, state_of
+from pipeline.progress import outcome
+from pipeline.report_figures import Figures
 
 ENDS = {
     "running": "is still running",
@@ -46,7 +47,7 @@ def verdict(f: Figures) -> str:
     told = f.run.result
     if f.run.state != "committed":
         so_far = f"Its set has {_plural(total.rows, 'row')} in {_plural(len(f.files), 'shard')}; {rejects}."
-        return f"The run {ENDS.get(state_of(f.run), state_of(f.run))}. {so_far}"
+        return f"The run {ENDS.get(outcome(f.run), outcome(f.run))}. {so_far}"
     if told["shards_embedded"]:
         fresh = _plural(told["shards_embedded"], "shard")
         of = "" if told["shards_embedded"] == told["shards"] else f" of {told['shards']:,}"

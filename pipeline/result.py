@@ -4,13 +4,15 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import AGAIN, COMMITTED, FAILED, INTERRUPTED, REFUSED, STALLED, Stalled
 from pipeline.lists import FileList
+from pipeline.output import Root
+from pipeline.speed import Means, Sums
 from pipeline.versions import Version
 
 if TYPE_CHECKING:
     from pipeline.run import Run
 
-COMMITTED, FAILED, REFUSED, STALLED, INTERRUPTED = 0, 1, 3, 4, 130
 ENDS = {COMMITTED: "committed", FAILED: "failed", REFUSED: "refused", STALLED: "stalled", INTERRUPTED: "interrupted"}
 
 
@@ -89,6 +91,32 @@ def plan_line(run: "Run") -> str:
 
 def _engine(run: "Run") -> dict[str, Any]:
     return {"engine": run.vectors.engine, "engine_fallback": run.engine_fallback or None}
+
+
+def idle(output: str, before: Version | None) -> dict[str, Any]:
+    """The object of `--json` where somebody else works there: counts of the current version, and nothing done."""
+    shards = before.shards if before else 0
+    return {
+        "set": before.set if before else None,
+        "version": before.version if before else None,
+        "output": output,
+        "shards": shards,
+        "shards_embedded": 0,
+        "shards_unchanged": shards,
+        "shards_removed": 0,
+        "samples": before.samples if before else 0,
+        "samples_embedded": 0,
+        "rows": before.rows if before else 0,
+        "rejects": before.rejects if before else {},
+        "seconds": 0,
+        **Sums().speed(Means(cores=1, threads=1)).as_dict(),
+    }
+
+
+def stalled(error: Stalled, output: str) -> Result:
+    """While planning, where there are no counts yet."""
+    message = f"{error}; {AGAIN}"
+    return Result(STALLED, message, {"error": message, "exit_code": STALLED, "output": Root(output).url})
 
 
 def dry(run: "Run") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.output import Root
 from pipeline.versions import Version, append, current, now, numbers, read_list, sizes_of
 
@@ -26,10 +26,14 @@ def roll_back(root: Root, to: int | None = None) -> Version:
 
     Before a version that is a rollback itself comes the one before that to which it went, so that it can be said again.
     The same where the current version has these files already. Raises `UsageError` where there is no such version, or
-    `gc` has deleted files of it.
+    `gc` has deleted files of it; `StorageError` where it did so just now, so that the new version lacks them.
     """
     target = current(root, _before(root) if to is None else to)
-    _check_files(root, target)
+    if gone := _gone(root, target):
+        raise UsageError(
+            f"version {target.version} of {root.url} cannot come back: {len(gone)} of its files are gone or "
+            f"altered, among them {gone[0]}"
+        )
 
     def after(before: Version | None) -> Version:
         assert before is not None
@@ -47,6 +51,11 @@ def roll_back(root: Root, to: int | None = None) -> Version:
 
     version = append(root, after)
     assert version is not None
+    if gone := _gone(root, version):
+        raise StorageError(
+            f"version {version.version} of {root.url} is now the current one and lacks {len(gone)} files, among them "
+            f"{gone[0]}: gc deleted them meanwhile, roll back to another version"
+        )
     return version
 
 
@@ -88,14 +97,13 @@ def _away(root: Root, target: Version, before: Version) -> list[dict[str, Any]]:
     )
 
 
-def _check_files(root: Root, target: Version) -> None:
-    listed = read_list(root, target)
+def _gone(root: Root, version: Version) -> list[str]:
+    """Files of the version that are not there with their sizes, of the first kind that lacks any."""
+    listed = read_list(root, version)
     for kind in listed.kinds():
         names = listed.column(kind)
-        there = sizes_of(root, f"sets/{target.set}/{kind}", names)
+        there = sizes_of(root, f"sets/{version.set}/{kind}", names)
         is_gone = pc.and_(pc.is_valid(names), pc.fill_null(pc.not_equal(there, listed.column(f"{kind}_bytes")), True))
         if gone := names.filter(pa.chunked_array([is_gone.combine_chunks()])).to_pylist():
-            raise UsageError(
-                f"version {target.version} of {root.url} cannot come back: {len(gone)} of its files are gone or "
-                f"altered, among them {gone[0]}"
-            )
+            return list(gone)
+    return []

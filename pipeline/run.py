@@ -1,17 +1,24 @@
 """The whole of `embed`, from top to bottom: list → plan → embed on Ray → collect → gate → commit."""
 
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from pipeline import actors, cluster, head, machine, site, versions, weights
+from pipeline import actors, cluster, head, machine, signals, site, versions, weights
 from pipeline.config import RunConfig, VectorSet
 from pipeline.embed import Job, Receipt
-from pipeline.errors import Stalled, StorageError, UsageError
+from pipeline.errors import (
+    AGAIN,
+    COMMITTED,
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
+    STALLED,
+    Stalled,
+    StorageError,
+    UsageError,
+)
 from pipeline.feeders import STREAMS
 from pipeline.journal import Journal
 from pipeline.layout import Layout, lay_out, threads_alone
@@ -21,27 +28,13 @@ from pipeline.meters import Meters
 from pipeline.output import Root
 from pipeline.progress import Display, Note, State
 from pipeline.receipts import Ledger
-from pipeline.result import (
-    COMMITTED,
-    ENDS,
-    FAILED,
-    INTERRUPTED,
-    REFUSED,
-    STALLED,
-    Result,
-    dry,
-    plan_line,
-    reasons,
-    report,
-    summary,
-)
+from pipeline.result import ENDS, Result, dry, plan_line, reasons, report, stalled, summary
 from pipeline.rows import package_versions
 from pipeline.sets import check_device, decoding_note, vector_set
 from pipeline.speed import Means, Sums
 from pipeline.watch import Failed, watch
 
 FAILED_SHARDS = 10  # after so many, and more than half of all, the run is not going to end well
-AGAIN = "run the same command to go on"
 
 
 class Refused(Exception):
@@ -82,22 +75,23 @@ class Run:
     gates: dict[str, Any] = field(default_factory=dict)  # what they measured
 
 
-def say_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def embed(config: RunConfig, say: Callable[[str], None] = say_on_stderr, gates: Gates | None = None) -> Result:
+def embed(config: RunConfig, say: Callable[[str], None], gates: Gates | None = None) -> Result:
     """Embeds what the output lacks and commits a version. `say` gets a line for a person at each step.
 
-    Raises `UsageError` for whatever can be found wrong before any work; everything later is in the `Result`.
+    Raises `UsageError` for whatever can be found wrong before any work, and `KeyboardInterrupt`, of SIGTERM too, before
+    it; everything later is in the `Result`. From the commit on signals wait: a result that says committed is returned.
     """
     is_early = not config.dry_run and head.is_early(config.output)
-    # Where no cluster is used a local Ray starts while the input is listed and the model loaded.
-    with cluster.used(config.ray_address, say), head.starting(is_early, config.feeders or 0):
+    with (
+        signals.interruptible(),
+        cluster.used(config.ray_address, say),
+        # Where no cluster is used a local Ray starts while the input is listed and the model loaded.
+        head.starting(is_early, config.feeders or 0),
+    ):
         try:
             return _embed(config, say, gates)
         except Stalled as e:  # while planning: no node came, nothing has been written
-            return Result(STALLED, f"{e}; {AGAIN}")
+            return stalled(e, config.output)
 
 
 def _embed(config: RunConfig, say: Callable[[str], None], gates: Gates | None) -> Result:
@@ -113,17 +107,17 @@ def _embed(config: RunConfig, say: Callable[[str], None], gates: Gates | None) -
     note, meters = Note(run.root, state), Meters(state, run.root.url, run.before)
     files = FileList.of([])
     try:
-        with terminated_as_interrupted():
-            if gates:
-                gates.before_work(run)
-            if run.todo:
-                _embed_todo(run, state, meters, say)
-            files = _collect(run)
-            _gate(config, files)
-            if gates:
-                gates.before_commit(run, files, versions.read_version(run.root))
-            version = _commit(run, files, say, gates)
-            meters.succeed(version)
+        if gates:
+            gates.before_work(run)
+        if run.todo:
+            _embed_todo(run, state, meters, say)
+        files = _collect(run)
+        _gate(config, files)
+        if gates:
+            gates.before_commit(run, files, versions.read_version(run.root))
+        signals.hold()  # until the result is told, or whoever called listens again
+        version = _commit(run, files, say, gates)
+        meters.succeed(version)
     except Refused as e:
         ended = Result(REFUSED, str(e))
     except Stalled as e:
@@ -148,7 +142,7 @@ def _embed(config: RunConfig, say: Callable[[str], None], gates: Gates | None) -
     return replace(ended, json=state.result)
 
 
-def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
+def plan(config: RunConfig, say: Callable[[str], None]) -> Run:
     """Lists the input, loads the model, and compares with what the output has. Reads no shard, writes nothing there.
 
     Where there is work, the engine is proven on the model first; `say` hears of what it cannot do.
@@ -164,13 +158,13 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     vectors, labels = vector_set(config, module, site.resolve_precision(config, device, say))
     todo = _todo(root, vectors, shards)
     engine, fallback = config.engine, ""
-    if todo:
+    if todo and (note := decoding_note(vectors, is_here=not cluster.is_shared())):
+        say(note)
+    if todo and engine != "eager":
         if engine == "compile":
             say(f"compiling {config.model}: about a minute, the first time")
-        threads, share = _worker(config, device, shards, todo)
+        threads, share = _worker(config, device, shards, todo, say)
         engine, fallback = site.resolve_engine(config, module, vectors, device, threads, share, say)
-        if note := decoding_note(vectors, is_here=not cluster.is_shared()):
-            say(note)
     if fallback:
         say(fallback)
         vectors = replace(vectors, engine=engine)
@@ -193,11 +187,13 @@ def plan(config: RunConfig, say: Callable[[str], None] = say_on_stderr) -> Run:
     )
 
 
-def _worker(config: RunConfig, device: str, shards: Sequence[Shard], todo: Sequence[Shard]) -> tuple[int, float]:
+def _worker(
+    config: RunConfig, device: str, shards: Sequence[Shard], todo: Sequence[Shard], say: Callable[[str], None]
+) -> tuple[int, float]:
     """Of each: torch's threads, and its share of a GPU. Compiled code goes by the ones, its batch by the other."""
     if device == "cpu" and not cluster.is_shared():
         return threads_alone(config, machine.cores(), machine.memory_bytes(), len(shards)), 1.0
-    nodes = cluster.nodes() if cluster.is_shared() else [site.here()]
+    nodes = site.nodes_for(config, device, say) if cluster.is_shared() else [site.here()]
     layout = lay_out(config, device, nodes, len(shards), len(todo), cluster.can_grow())
     return _torch_threads(device, layout), _gpu_share(device, layout)
 
@@ -225,7 +221,7 @@ def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], Non
     staged = weights.stage(run.module, run.vectors.weights_sha256)
     run.module = None  # the actors load their own
     with cluster.local_ray(run.config.feeders or 0):
-        nodes = cluster.nodes()
+        nodes = site.nodes_for(run.config, run.device, say)
         layout = lay_out(run.config, run.device, nodes, len(run.shards), len(run.todo), cluster.can_grow())
         most, threads = layout.actors[1], layout.threads
         run.means = Means(
@@ -249,9 +245,11 @@ def _embed_todo(run: Run, state: State, meters: Meters, say: Callable[[str], Non
         )
         content = site.share(staged) if cluster.is_shared() else None
         if layout.feeders and run.config.feeders is None:
-            say(f"feeders: {layout.feeders * most}, for nodes without a GPU have most of the CPUs; --feeders 0: none")
+            say(f"{layout.feeders} feeders a worker: most CPUs are on nodes without a GPU; --feeders 0: none")
         with meters.at(run.means.gpus), Display(state) as display, actors.Pool(job, run.todo, layout, content) as pool:
             for receipt in watch(pool, layout.actors, state, display, run.config.stall_timeout_s, say, meters.see):
+                if pool.cores > run.means.cores:  # an autoscaler has brought some
+                    run.means = replace(run.means, cores=pool.cores)
                 run.sums.add(receipt)
                 run.ledger.add(receipt)
                 meters.add(receipt)
@@ -268,19 +266,6 @@ def _check_failures(run: Run, finished: bool = False) -> None:
     failed = run.failed
     if failed and (finished or (len(failed) >= FAILED_SHARDS and len(failed) > run.sums.receipts / 2)):
         raise Failed(f"{len(failed)} of {len(run.todo)} shards failed, the first one with: {failed[0].error}")
-
-
-class terminated_as_interrupted:
-    """SIGTERM, as schedulers send it, ends the run like Ctrl-C: cleanly and resumable."""
-
-    def __enter__(self) -> None:
-        self._ours = threading.current_thread() is threading.main_thread()
-        if self._ours:
-            self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def __exit__(self, *_: object) -> None:
-        if self._ours:
-            signal.signal(signal.SIGTERM, self._before)
 
 
 def _collect(run: Run) -> FileList:
@@ -303,12 +288,13 @@ def _commit(run: Run, files: FileList, say: Callable[[str], None], gates: Gates 
     """The version; None where metrics alone would take the place of vectors that readers use."""
 
     def stays(before: versions.Version | None) -> bool:
-        if before and before != run.before and (how := _has_changed(run)):
-            raise Failed(f"{how}, and version {before.version} was committed meanwhile")
-        if before and run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before):
-            return True
-        if gates:
-            gates.before_commit(run, files, before)
+        with signals.heard():  # drift may take minutes to measure again, and nothing is committed yet
+            if before and before != run.before and (how := _has_changed(run)):
+                raise Failed(f"{how}, and version {before.version} was committed meanwhile")
+            if before and run.config.only_metrics and "embedding" in versions.outputs_of(run.root, before):
+                return True
+            if gates:
+                gates.before_commit(run, files, before)
         return False
 
     version = versions.commit(run.root, run.vectors.name, files, stays)

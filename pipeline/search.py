@@ -1,7 +1,9 @@
 """The nearest images of a version to a vector, by cosine: through its index, else by looking at every vector.
 
 An index gives candidates; these are read from Parquet and ordered by their exact cosine, so scores are the same on
-either way. An index of another version is never used: its rows are not those of the files that readers see.
+either way. Its recall was measured for ten hits; for more, as many times more lists are looked into, and always so
+many that as many hits come as were asked for. An index of another version is never used: its rows are not those of the
+files that readers see.
 """
 
 import math
@@ -48,11 +50,15 @@ class Hit:
 
 @dataclass(frozen=True)
 class Answer:
-    """`how`: a sentence on what was searched. `recall`: recall@10 as it was measured; 1.0 where all was looked at."""
+    """`how`: a sentence on what was searched. `recall`: recall@10 as it was measured; 1.0 where all was looked at.
+
+    `is_exact`: whether every vector was looked at; a recall that was measured as 1 is no proof of that.
+    """
 
     hits: list[Hit]
     how: str
     recall: float
+    is_exact: bool
 
 
 class Searcher:
@@ -77,25 +83,55 @@ class Searcher:
 
         Raises `UsageError` for a query that does not fit.
         """
-        if not 1 <= top <= MAX_TOP:
-            raise UsageError(f"--top {top}: must be 1 to {MAX_TOP}")
+        check_top(top)
         unit = _checked(query, self.vectors)
         own = self.vectors.number_of(without) if without is not None else -1
         if self.index is None:
             nearest = Nearest(unit, top, np.array([own])).add_all(self.vectors.all_blocks())
             there = nearest.numbers[0] >= 0
-            return Answer(hits_of(self.vectors, nearest.numbers[0][there], nearest.scores[0][there]), self.how, 1.0)
-        numbers = self.candidates(unit, top + (own >= 0))[0]
-        numbers = numbers[(numbers >= 0) & (numbers != own)]
+            hits = hits_of(self.vectors, nearest.numbers[0][there], nearest.scores[0][there])
+            return Answer(hits, self.how, 1.0, is_exact=True)
+        found, probes = self._found(unit, top, top + (own >= 0))
+        numbers = found[0][(found[0] >= 0) & (found[0] != own)]
         scores = self.vectors.fetch(numbers) @ unit[0]
         best = np.lexsort((numbers, -scores))[:top]
-        return Answer(hits_of(self.vectors, numbers[best], scores[best]), self.how, self.index.recall_at_10)
+        how, is_exact = self.how, self.index.kind == "flat"
+        if top > TOP and not is_exact:
+            how += f" as measured for {TOP} hits; {probes:,} of {self.index.lists:,} lists were looked into for {top:,}"
+        return Answer(hits_of(self.vectors, numbers[best], scores[best]), how, self.index.recall_at_10, is_exact)
 
     def candidates(self, unit: np.ndarray, top: int) -> np.ndarray:
-        """int64 (Q, n): the numbers that are to be ordered by their exact cosine; -1 where fewer were found."""
-        assert self.index is not None
-        count = min(self.index.vectors, math.ceil(top * self.index.candidates / TOP))
-        return inverted.find(self._opened, unit, count, self.index.probes)[1]
+        """int64 (Q, n): the numbers that are to be ordered by their exact cosine; -1 where there are not as many."""
+        return self._found(unit, top, top)[0]
+
+    def _found(self, unit: np.ndarray, top: int, least: int) -> tuple[np.ndarray, int]:
+        """The candidates, and the lists that were looked into: twice as many for whom fewer than `least` were found."""
+        index = self.index
+        assert index is not None
+        count = min(index.vectors, math.ceil(least * index.candidates / TOP))
+        probes = min(index.lists, math.ceil(index.probes * max(1, top / TOP)))
+        found = inverted.find(self._opened, unit, count, probes)[1]
+        while probes < index.lists:
+            short = np.flatnonzero((found >= 0).sum(axis=1) < min(least, index.vectors))
+            if not len(short):
+                break
+            probes = min(index.lists, 2 * probes)
+            found[short] = inverted.find(self._opened, unit[short], count, probes)[1]
+        return found, probes
+
+    def vector_of(self, wanted: str) -> np.ndarray:
+        """The unit vector of an id, float32 (D,). Raises `UsageError` with similar ids where there is no such row."""
+        return self.vectors.fetch(np.array([self.vectors.number_of(wanted)]))[0]
+
+    def own_hit(self, wanted: str) -> Hit:
+        """What is told of an id itself."""
+        return hits_of(self.vectors, np.array([self.vectors.number_of(wanted)]), np.ones(1))[0]
+
+
+def check_top(top: int) -> None:
+    """Raises `UsageError`."""
+    if not 1 <= top <= MAX_TOP:
+        raise UsageError(f"--top {top}: must be 1 to {MAX_TOP}")
 
 
 def search(
@@ -143,18 +179,6 @@ def _checked(query: np.ndarray, vectors: Vectors) -> np.ndarray:
 
 
 # queries
-
-
-def vector_of(root: Root, version: Version, wanted: str) -> np.ndarray:
-    """The unit vector of an id, float32 (D,). Raises `UsageError` with similar ids where there is no such row."""
-    vectors = Vectors(root, version)
-    return vectors.fetch(np.array([vectors.number_of(wanted)]))[0]
-
-
-def own_hit(root: Root, version: Version, wanted: str) -> Hit:
-    """What is told of an id itself."""
-    vectors = Vectors(root, version)
-    return hits_of(vectors, np.array([vectors.number_of(wanted)]), np.ones(1))[0]
 
 
 def read_vector(url: str) -> np.ndarray:

@@ -194,10 +194,31 @@ def info_of(fs: fsspec.AbstractFileSystem, path: str, wait_s: float | None = Non
 
 
 def object_info(fs: fsspec.AbstractFileSystem, path: str) -> Info:
+    """What the store says of an object now; a folder is none: `FileNotFoundError`."""
+    if hasattr(fs, "call_s3"):
+        return _head_of(fs, path)
     info = info_of(fs, path)
     if info["type"] == "directory":
         raise FileNotFoundError(errno.ENOENT, "a folder, no object", path)
     return info
+
+
+def _head_of(fs: Any, path: str) -> Info:
+    """S3's answer to one HEAD; s3fs' own `info` lists too where there is nothing, for it might be a folder."""
+    bucket, key, version = fs.split_path(path)
+    if not key:
+        raise FileNotFoundError(errno.ENOENT, "a bucket, no object", path)
+    try:
+        found = fs.call_s3("head_object", Bucket=bucket, Key=key, **({"VersionId": version} if version else {}))
+    except FileNotFoundError as e:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from e
+    return {
+        "name": path,
+        "type": "file",
+        "size": found["ContentLength"],
+        "ETag": found.get("ETag", ""),
+        "LastModified": found.get("LastModified", ""),
+    }
 
 
 def children(fs: fsspec.AbstractFileSystem, folder: str, wait_s: float | None = None) -> list[Info]:

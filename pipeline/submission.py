@@ -18,7 +18,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from pipeline.errors import UsageError
+from pipeline.errors import FAILED, INTERRUPTED, USAGE, UsageError
 from pipeline.retries import redact, said
 from pipeline.shipment import FOLDER
 
@@ -27,8 +27,7 @@ LOST_S = 120.0  # without an answer while a job is followed: a head that starts 
 POLL_S = 1.0
 STOP_WAIT_S = 60  # from SIGTERM to SIGKILL, for the last writes to a slow store; Ray's own 3 s are few
 STOPPED_S = STOP_WAIT_S + 30.0
-# What the entrypoint of a job and Ray's states end with, beside the verb's own exit code.
-LOST, USAGE, INTERRUPTED, NOT_RUN = 1, 2, 130, (126, 127)
+NOT_RUN = (126, 127)  # a shell's exit codes of what it cannot start
 OURS = "shard2vec."  # before the names of a job's metadata
 # Loggers that tell of each upload, and set their own level when they are imported.
 CHATTY = ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk")
@@ -36,7 +35,7 @@ NAMED = {"cpu": "entrypoint_num_cpus", "gpu": "entrypoint_num_gpus", "memory": "
 
 
 @dataclass(frozen=True)
-class Job:
+class SubmittedJob:
     """One attempt of a run, as the cluster knows it."""
 
     id: str
@@ -59,7 +58,7 @@ class _Unknown(UsageError):
     """The cluster has no such job."""
 
 
-class Cluster:
+class JobServer:
     """The job server at a URL, or at what Ray's own commands take for one, as `auto`.
 
     Every call raises `UsageError` where the token is missing or refused and `OSError` where no answer comes in time;
@@ -79,13 +78,13 @@ class Cluster:
         except (OSError, RuntimeError, ValueError, RayError) as e:
             raise UsageError(f"no Ray job server answers at {self.address}: {said(e)}") from e
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[SubmittedJob]:
         """All of ours, oldest first."""
         with self._allowed():
             found = [_job(details) for details in self._client.list_jobs()]
         return sorted((job for job in found if job), key=lambda job: (job.started or 0.0, job.attempt))
 
-    def job(self, id: str) -> Job:
+    def job(self, id: str) -> SubmittedJob:
         """Raises `UsageError` where the cluster knows no such job of ours."""
         found = None
         try:
@@ -145,7 +144,7 @@ class Cluster:
         except RuntimeError as e:
             raise OSError(f"{self.address} cannot give the log of job {id}: {said(e)}") from e
 
-    def stop(self, id: str) -> Job:
+    def stop(self, id: str) -> SubmittedJob:
         """Ends the job as a scheduler would, with SIGTERM, and waits for it. Raises `OSError` where it does not end."""
         job = self.job(id)
         if not job.is_over:
@@ -159,7 +158,7 @@ class Cluster:
             raise OSError(f"job {id} is {job.status} still, {STOPPED_S:.0f} s after it was asked to end{when}")
         return job
 
-    def follow(self, id: str, say: Callable[[str], None], start_timeout_s: float) -> Job:
+    def follow(self, id: str, say: Callable[[str], None], start_timeout_s: float) -> SubmittedJob:
         """Gives `say` each line of the log as it comes, until the job is over.
 
         Raises `OSError` where it does not start in time, and is stopped then, or where the cluster does not answer for
@@ -167,7 +166,7 @@ class Cluster:
         """
         return asyncio.run(self._follow(id, _Lines(say), start_timeout_s))
 
-    async def _follow(self, id: str, lines: "_Lines", start_timeout_s: float) -> Job:
+    async def _follow(self, id: str, lines: "_Lines", start_timeout_s: float) -> SubmittedJob:
         begun = heard = time.monotonic()
         tail: asyncio.Task[None] | None = None
         while True:
@@ -261,13 +260,13 @@ class _Lines:
             self._say(self._line)
 
 
-def _job(details: Any) -> Job | None:
+def _job(details: Any) -> SubmittedJob | None:
     """None for a job that is not of ours."""
     metadata = details.metadata or {}
     if not details.submission_id or f"{OURS}attempt" not in metadata:
         return None
     code, message = _ended(details)
-    return Job(
+    return SubmittedJob(
         id=details.submission_id,
         verb=metadata[f"{OURS}verb"],
         run=metadata[f"{OURS}run"],
@@ -290,7 +289,7 @@ def _ended(details: Any) -> tuple[int | None, str]:
     if details.status.value == "STOPPED":
         return INTERRUPTED, "stopped"
     if code is None:
-        return (0 if details.status.value == "SUCCEEDED" else LOST), message
+        return (0 if details.status.value == "SUCCEEDED" else FAILED), message
     if code in NOT_RUN:
         return USAGE, f"the cluster cannot run `{details.entrypoint}`: name its interpreter with --python"
     return (code if code >= 0 else 128 - code), ""

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.flow import ordered
+from pipeline.forest import Forest
 from pipeline.lists import FileList, ShardFiles
 from pipeline.output import Root
 from pipeline.parquet_files import open_parquet
+from pipeline.vectors import to_unit
 
 SAMPLE_ROWS = 10_000  # 40 MB of 1024-d; all pairs of them take a core some seconds
 SAMPLE_SHARDS = (40, 400)  # at least, where there are so many; at most, where shards are small
@@ -76,16 +78,19 @@ class Neighbours:
 
 @dataclass(frozen=True, kw_only=True)
 class Duplicates:
-    """`nearest`: of each vector the cosine to its nearest other, as counts between `edges`."""
+    """`nearest`: of each of `nearest_among` vectors the cosine to its nearest other, as counts between `edges`."""
 
     edges: list[float]
     nearest: list[int]
     median: float
-    among: int  # vectors that were compared
+    nearest_among: int
+    among: int  # vectors that the groups were sought among
     images: int  # of these, in any group
     count: int  # of groups
-    groups: list[list[Tile]]  # the largest, those of one size by similarity
+    groups: list[list[Tile]]  # the first of the largest, those of one size by similarity
+    sizes: list[int]  # of these, as a whole
     least: list[float]  # of each shown group: every member has another at this cosine or a higher one
+    cut: int = 0  # images that have so many as similar that not all were looked at
 
 
 def sample(root: Root, files: FileList) -> Sampled | None:
@@ -151,11 +156,6 @@ def _classes(table: pa.Table) -> tuple[list[int], list[str], list[float]]:
     return index, names, scores
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Of length one; a zero vector stays zero."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-
-
 def project(sampled: Sampled) -> Map:
     """Principal components of at most `MAP_POINTS` vectors, by the smaller of the two matrices of products."""
     points = _even(len(sampled), min(len(sampled), MAP_POINTS))
@@ -183,7 +183,7 @@ def neighbours(sampled: Sampled, drawn: Map) -> list[Neighbours]:
     """Of queries evenly spread over the map, left to right; none where there is but one vector."""
     order = np.array(drawn.points)[np.argsort(drawn.x, kind="stable")]
     queries = order[_even(len(order), min(len(order), QUERIES))]
-    vectors = unit(sampled.vectors)
+    vectors = to_unit(sampled.vectors)
     count = min(NEIGHBOURS, len(sampled) - 1)
     if count < 1:
         return []
@@ -206,9 +206,9 @@ def duplicates(sampled: Sampled) -> Duplicates | None:
     """Groups that a cosine of `NEAR` or more holds together, by each vector's closest; None of fewer than two."""
     if len(sampled) < 2:
         return None
-    vectors, kept = unit(sampled.vectors), min(CLOSEST_KEPT, len(sampled) - 1)
+    vectors, kept = to_unit(sampled.vectors), min(CLOSEST_KEPT, len(sampled) - 1)
     nearest = np.empty(len(vectors), np.float32)
-    edges = list[tuple[int, int]]()
+    forest = Forest(len(vectors))
     for at in range(0, len(vectors), ROWS_AT_ONCE):
         block = vectors[at : at + ROWS_AT_ONCE] @ vectors.T
         here = np.arange(len(block))
@@ -216,38 +216,23 @@ def duplicates(sampled: Sampled) -> Duplicates | None:
         closest = np.argpartition(-block, kept - 1, axis=1)[:, :kept]
         values = np.take_along_axis(block, closest, axis=1)
         nearest[at : at + len(block)] = values.max(axis=1)
-        for i, j in zip(*np.nonzero(values >= NEAR), strict=True):
-            edges.append((at + int(i), int(closest[i, j])))
-    groups = sorted(_groups(edges, len(vectors)), key=lambda members: (-len(members), -nearest[members].min()))
+        is_near = values >= NEAR
+        for i in np.flatnonzero(is_near.any(axis=1)):
+            forest.join(np.append(closest[i, is_near[i]], at + i))
+    places, ends, least = forest.groups(nearest)
     bins = np.linspace(np.floor(20 * min(NEAR, float(nearest.min()))) / 20, 1, SIMILARITY_BINS + 1)
     counts, _ = np.histogram(np.clip(nearest, bins[0], 1), bins)
-    shown = groups[:GROUPS]
+    sizes = np.diff(ends, prepend=0)[:GROUPS].tolist()
+    shown = [places[end - size : end][:OF_GROUP].tolist() for end, size in zip(ends.tolist(), sizes, strict=False)]
     return Duplicates(
         edges=bins.tolist(),
         nearest=counts.tolist(),
         median=float(np.median(nearest)),
+        nearest_among=len(sampled),
         among=len(sampled),
-        images=sum(map(len, groups)),
-        count=len(groups),
+        images=len(places),
+        count=len(ends),
         groups=[[sampled.tile(i) for i in members] for members in shown],
-        least=[float(nearest[members].min()) for members in shown],
+        sizes=sizes,
+        least=least[:GROUPS].tolist(),
     )
-
-
-def _groups(edges: list[tuple[int, int]], n: int) -> list[list[int]]:
-    """The members of each, in order."""
-    parent = list(range(n))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, j in edges:
-        a, b = root(i), root(j)
-        parent[max(a, b)] = min(a, b)
-    members = dict[int, list[int]]()
-    for i in sorted({place for edge in edges for place in edge}):
-        members.setdefault(root(i), []).append(i)
-    return list(members.values())

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.flow import ahead, ordered
+from pipeline.legible import legible
 from pipeline.output import Root
 from pipeline.versions import Version, read_list
 
@@ -62,6 +63,10 @@ class Vectors:
         """Shard and input etag: what the file is known by in every version."""
         return str(self._shards[file].as_py()), str(self._etags[file].as_py())
 
+    def bytes_of(self, file: int) -> int:
+        """Of the file, as the version lists it."""
+        return int(self._bytes[file])
+
     # all of them
 
     def blocks(self, file: int) -> Iterator[Block]:
@@ -99,13 +104,15 @@ class Vectors:
 
     def rows(self, numbers: np.ndarray, columns: Sequence[str]) -> list[dict[str, Any]]:
         """The columns' values as Python's own, in the order of `numbers`; without columns that the set lacks."""
+        found: list[dict[str, Any]] = self.table(numbers, columns).to_pylist() if len(numbers) else []
+        return found
+
+    def table(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Like `rows`, in columns; of at least one number."""
         unique, back = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
-
-        def of_file(span: slice) -> list[dict[str, Any]]:
-            return [row for table in self._taken(unique[span], columns) for row in table.to_pylist()]
-
-        found = [row for rows in ordered(of_file, _by_file(unique), FILES_AT_ONCE) for row in rows]
-        return [found[i] for i in back]
+        tables = ordered(lambda span: list(self._taken(unique[span], columns)), _by_file(unique), FILES_AT_ONCE)
+        found = pa.concat_tables([table.replace_schema_metadata(None) for of_file in tables for table in of_file])
+        return found.take(pa.array(back))
 
     def number_of(self, wanted: str) -> int:
         """The number of an id. Raises `UsageError` that suggests similar ones where there is no such row."""
@@ -129,8 +136,8 @@ class Vectors:
 
     def _unknown(self, wanted: str, known: Iterator[str], what: str) -> UsageError:
         near = get_close_matches(wanted, islice(known, LOOKED_THROUGH), n=3, cutoff=0.5)
-        more = f": similar {what} are {', '.join(near)}" if near else ""
-        return UsageError(f"{self.what} has no id {wanted}{more}")
+        more = f": similar {what} are {', '.join(map(legible, near))}" if near else ""
+        return UsageError(f"{self.what} has no id {legible(wanted)}{more}")
 
     def _taken(self, numbers: np.ndarray, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The rows of one file, by row group; `numbers`: ascending."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline import actors
+from pipeline import actors, cluster
 from pipeline.embed import Receipt
 from pipeline.errors import Stalled
 from pipeline.progress import Display, State
@@ -35,7 +35,7 @@ def watch(
         try:
             news = pool.read()
         except Exception as e:  # whatever Ray raises of a worker ends the run as a failure, with its message
-            raise Failed(f"the workers failed: {actors.cause(e)}") from e
+            raise Failed(f"the workers failed: {cluster.cause(e)}") from e
         for receipt in news.receipts:
             state.finish(receipt)
             yield receipt

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def _on_a_cluster(inputs: str, output: str, kills: int, seed: str) -> int:
     second = cluster.add_node(**node)
     rng, killed = random.Random(seed), 0
     with ThreadPoolExecutor(1) as beside:  # nodes are started from the main thread only
-        run = beside.submit(embed, config)
+        run = beside.submit(embed, config, partial(print, file=sys.stderr))
         while killed < kills and not _is_over(run, rng.uniform(UP_S, 2 * UP_S)):
             cluster.remove_node(second, allow_graceful=False)
             killed += 1

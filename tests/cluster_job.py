@@ -108,12 +108,14 @@ def fractions(nodes: Nodes, config: RunConfig, folder: Path) -> dict[str, Any]:
                 receipts += news.receipts
                 started = max(started, news.started)
                 left = min(left, ray.available_resources().get("GPU", 0.0))
+            cores = pool.cores
     return {
         "said": said,
         "errors": [r.error for r in receipts if r.error],
         "layout": [*layout.actors, layout.gpus],
         "samples": sum(r.files.counts.samples for r in receipts if r.files),
         "left": left,
+        "cores": cores,
         "started": started,
     }
 

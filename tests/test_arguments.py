@@ -27,7 +27,7 @@ def params(given: list[str]) -> dict[str, Any]:
 
 
 def test_the_cluster_parses_what_was_given() -> None:
-    """Repeated flags, switches, numbers, values that begin with a dash, and positional arguments come through."""
+    """Repeated flags, switches, numbers and zeros, values that begin with a dash, positional arguments come through."""
     given = [
         "embed", "--input", "s3://b/{0..3}.tar", "--input=s3://b/x y.tar", "--output", "s3://b/o", "--model", "vit",
         "--normalize", "--top-k", "7", "--labels=gs://b/-l.txt", "--weights", "random:3", "--outputs=-x",
@@ -35,6 +35,11 @@ def test_the_cluster_parses_what_was_given() -> None:
     shipment, local = sent(*given)
     assert shipment.verb == "embed" and local == []
     assert params([*shipment.arguments]) == params(given)
+    zeros = ["--max-reject-rate", "0", "--num-classes", "0", "--feeders", "0", "--gpus-per-actor", "0"]
+    gates = ["--min-rows", "0", "--max-shrink", "0", "--min-overlap", "0", "--min-top1-agreement", "0"]
+    given = ["reembed", *given[1:], *zeros, *gates]
+    assert params([*sent(*given)[0].arguments]) == params(given)
+    assert sent("index", "s3://b/o", "--recall", "0")[0].arguments == ["index", "--recall=0.0", "--", "s3://b/o"]
     shipment, _ = sent("files", "s3://b/o", "--kind", "rejects", "--version", "2")
     assert params([*shipment.arguments]) == params(["files", "s3://b/o", "--kind", "rejects", "--version", "2"])
 

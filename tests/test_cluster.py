@@ -73,6 +73,7 @@ def test_fractions_of_a_gpu_are_shared(found: dict[str, Any]) -> None:
     halves = found["halves"]
     assert halves["layout"] == [1, 3, 0.5] and halves["left"] == 0.0
     assert halves["started"] <= 2
+    assert halves["cores"] == 3, "the head's one, and the node's two"
 
 
 def test_a_wrong_token_and_none_are_told(found: dict[str, Any]) -> None:

@@ -162,14 +162,17 @@ def test_wrong_names_and_damage_are_told(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(StorageError, match="cannot be read"):
         compare(root, 1, 1)
+    path.unlink()
+    with pytest.raises(StorageError, match=r"s-0+\.parquet cannot be read: .*No such file"):
+        compare(root, 1, 1)
 
 
 def test_compare_from_the_command_line(tmp_path: Path) -> None:
     """A table for a person with the classes' names, the same as JSON, 2 for what is not there."""
     root = Root(str(tmp_path))
-    names = tuple(f"fruit {i}" for i in range(10))
+    names = (*(f"fruit {i}" for i in range(9)), "\x1b[2J")
     vectors = RNG.normal(size=(12, DIM)).astype(np.float32)
-    version(root, vectors_of(DIM), {"s": rows(vectors, [1] * 12)}, labels=names)
+    version(root, vectors_of(DIM), {"s": rows(vectors, [1] * 11 + [9])}, labels=names)
     other = vectors_of(DIM, weights_sha256="1" * 64)
     version(root, other, {"s": rows(2 * vectors, [1] * 9 + [2] * 3)}, labels=names)
     code, out, err = call("compare", tmp_path, 1, 2)
@@ -177,7 +180,8 @@ def test_compare_from_the_command_line(tmp_path: Path) -> None:
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["A", "version", "1", "·", "set", vectors_of(DIM).name]
     assert ["norm_shift", "+1.0000", "of", "the", "mean", "norm"] in lines
-    assert ["100.00%", "→", "75.00%", "fruit", "1", "(1)"] in lines and "the weights differ" in out
+    assert ["91.67%", "→", "75.00%", "fruit", "1", "(1)"] in lines and "the weights differ" in out
+    assert ["8.33%", "→", "0.00%", "\\x1b[2J", "(9)"] in lines and "\x1b" not in out
     told = json.loads(call("compare", tmp_path, "1", other.name, "--json")[1])
     measures = {k: told[k] for k in ("overlap_at_10", "mean_cosine", "norm_shift", "top1_agreement", "class_shift")}
     assert measures == {
@@ -187,5 +191,5 @@ def test_compare_from_the_command_line(tmp_path: Path) -> None:
         "top1_agreement": 0.75,
         "class_shift": 0.25,
     }
-    assert told["moved"][0] == {"index": 1, "name": "fruit 1", "share_a": 1.0, "share_b": 0.75}
+    assert told["moved"][1] == {"index": 1, "name": "fruit 1", "share_a": 11 / 12, "share_b": 0.75}
     assert call("compare", tmp_path, 1, 3)[0] == 2 and call("compare", tmp_path / "none", 1, 2)[0] == 2

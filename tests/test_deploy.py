@@ -371,6 +371,7 @@ def test_job_files_hold_flags_of_the_verb(file: Path) -> None:
     argv = job_file.expand(["--config", str(file)])
     known = {flag for parameter in command.params for flag in parameter.opts}
     assert {arg for arg in argv if arg.startswith("--")} <= known
+    assert "--precision" in argv, "auto would bring up a GPU node, only to ask it, where nothing is to do"
 
 
 # What the CronJob's pod does

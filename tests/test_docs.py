@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import made
@@ -16,6 +17,7 @@ from pipeline.backbone import Arrays
 from pipeline.listing import Shard
 from pipeline.rows import ShardWriter
 from pipeline.shards import Sample
+from pipeline.storage import list_files
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -56,6 +58,23 @@ def test_commands_that_are_shown_exist(page: Path) -> None:
     """Every verb and every flag, as this version has them."""
     wrong = [(" ".join(words), bad) for words in commands(page.read_text()) if (bad := unknown(words))]
     assert not wrong
+
+
+def globs(text: str) -> list[str]:
+    """The patterns that commands read, as they are written."""
+    pairs = (pair for words in commands(text) for pair in pairwise(words))
+    return [value for flag, value in pairs if flag == "--input" and "*" in value]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if globs(page.read_text())], ids=lambda path: path.name)
+def test_patterns_that_are_shown_match(page: Path, tmp_path: Path) -> None:
+    """A file with a name for each star is found by them, here as in a bucket."""
+    for pattern in globs(page.read_text()):
+        here = tmp_path / re.sub(r"^\w+://[^/]+/", "", pattern)
+        file = Path(str(here).replace("**", "x/y").replace("*", "z"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        assert [entry.url for entry in list_files(str(here))] == [str(file)], pattern
 
 
 def test_the_check_of_commands_can_fail() -> None:

@@ -88,6 +88,17 @@ def test_a_ray_that_cannot_start_is_told(no_ray: None, monkeypatch: pytest.Monke
         head.address()
 
 
+def test_a_ray_that_never_answers_is_told_too(no_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not waited for without end."""
+    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(head, "START_S", 0.2)
+    with head.starting(), pytest.raises(OSError, match="Ray cannot be started"):
+        head.address()
+    assert head._head is None
+
+
 def test_a_connected_process_keeps_its_token(ray_session: None) -> None:
     """Asked for another cluster it goes on as it was: without its token Ray's core would end the process."""
     before = os.environ["RAY_AUTH_TOKEN"]

@@ -7,7 +7,6 @@ import planted
 import pytest
 
 from pipeline import stored_index, vector_map
-from pipeline.errors import StorageError
 from pipeline.index import build
 from pipeline.indexed import Whole, of_version
 from pipeline.output import Root
@@ -46,15 +45,20 @@ def test_an_index_finds_what_the_sample_does_not_hold(tmp_path: Path, monkeypatc
         assert [t.id for t in n.nearest] == [ids[i] for i in np.argsort(-cosines)[:NEIGHBOURS]]
         assert all(tile.name.startswith("class ") for tile in n.nearest)
     pairs = {frozenset((ids[i], ids[j])) for i in range(120) for j in range(i) if unit[i] @ unit[j] >= NEAR}
-    assert found.duplicates is not None and found.duplicates.among == 120
+    assert found.duplicates is not None
+    assert (found.duplicates.among, found.duplicates.nearest_among, found.duplicates.cut) == (120, 16, 0)
+    assert found.duplicates.sizes == [2] * 8 and found.duplicates.least == sorted(found.duplicates.least, reverse=True)
     assert found.duplicates.count == len(pairs) == 10 and found.duplicates.images == 20
     assert {frozenset(tile.id for tile in group) for group in found.duplicates.groups} <= pairs
     assert min(found.duplicates.least) >= NEAR
 
-    def broken(*_: object) -> None:
-        raise StorageError("index/x is gone")
+    asked = []
+    monkeypatch.setattr(stored_index, "index_of", lambda *a, of=stored_index.index_of: asked.append(a) or of(*a))
+    assert whole(root, version).neighbours == found.neighbours
+    assert len(asked) == 2  # for all the neighbours once, and for the duplicates
 
-    monkeypatch.setattr(stored_index, "open_stored", broken)
+    (name,) = root.list_flat("index")
+    Path(root.at(name)).write_text("{}")
     without = whole(root, version)
-    assert without.how == "Sought in the sample: the index cannot be used (index/x is gone)."
-    assert without.neighbours == before.neighbours
+    assert without.how.startswith(f"Sought in the sample of 16 rows: the index cannot be used ({name} is damaged")
+    assert (without.neighbours, without.duplicates) == (before.neighbours, before.duplicates)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import made
@@ -19,9 +21,11 @@ from typer.testing import CliRunner
 
 from jobs import job_file
 from jobs.__main__ import app
+from jobs.embed_flags import EmbedFlags
 from pipeline import readers, versions
 from pipeline.errors import UsageError
 from pipeline.output import Root
+from pipeline.progress import State
 
 
 def call(*args: object) -> tuple[int, str, str]:
@@ -193,7 +197,44 @@ def test_gc_keeps_the_current_version(output: Path) -> None:
     """At least one version stays, and what it names with it."""
     assert call("gc", output, "--keep", 0)[0] == 2
     code, out, _ = call("gc", output, "--keep", 1, "--json")
-    assert code == 0 and json.loads(out) == {"deleted": [], "versions": [1]}
+    assert code == 0 and json.loads(out) == {"deleted": [], "versions": [1], "spared": []}
+
+
+def test_gc_spares_what_a_run_of_this_week_may_go_on_with(output: Path) -> None:
+    """It died two hours ago, and who started it comes back on Monday; --unfinished deletes it, not what lives."""
+    root = Root(str(output))
+    for name, updated in (("died@1", time.time() - 7200), ("alive@2", time.time())):
+        root.put_new(f"sets/{name}/embeddings/x-1.parquet", b"")
+        note = asdict(State(set=name, shards=2, updated=updated))
+        root.overwrite(f"reports/{note['name']}.json", json.dumps(note).encode())
+    code, out, err = call("gc", output, "--keep", 1, "--json")
+    assert code == 0 and json.loads(out) == {"deleted": [], "versions": [1], "spared": ["alive@2", "died@1"]}
+    assert "did not finish: died@1 (--unfinished deletes it)" in err and "a run writes now: alive@2\n" in err
+    code, out, err = call("gc", output, "--keep", 1, "--unfinished", "--json")
+    assert (code, json.loads(out)["spared"]) == (0, ["alive@2"]) and "--unfinished" not in err
+    assert json.loads(out)["deleted"] == ["sets/died@1/embeddings/x-1.parquet"]
+
+
+def test_a_dashboards_address_is_for_submit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """RAY_ADDRESS as `ray job submit` has it: told by its name to a run here, and no hindrance to a submitted one."""
+    monkeypatch.setenv("RAY_ADDRESS", "http://me:secret@head:8265")
+    asked = [
+        "--input",
+        tmp_path / "none.tar",
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "test_vit",
+        "--json",
+        "--dry-run",
+    ]
+    for verb in ("embed", "reembed"):
+        code, out, err = call(verb, *asked)
+        assert code == 2 and json.loads(out)["exit_code"] == 2
+        assert "RAY_ADDRESS is http://head:8265, which is for `shard2vec submit`" in err and "secret" not in err
+        code, _, err = call(verb, *asked, "--ray-address", "local")
+        assert code == 2 and "none.tar: " in err
+    EmbedFlags(input=["s3://b/x.tar"], output="s3://b/out", model="test_vit").check("embed")
 
 
 def test_reading_verbs_refuse_what_is_no_output(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The journal: what a killed run had made is known without a footer, and never believed against the store."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import made
 import pytest
@@ -32,8 +34,18 @@ def journal_of(root: Root, files: list[ShardFiles]) -> Journal:
     return journal
 
 
+def raising(error: Exception) -> Callable[..., NoReturn]:
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
 def test_a_resumed_run_reads_no_footer(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the killed run wrote down is what its files say; the parts go when a version names the files."""
+    """What the killed run wrote down is what its files say; the parts go when a version names the files.
+
+    Where the store refuses to delete them the commit stands, and they stay for `gc`.
+    """
     root, listed, files = embedded(tmp_path, shards)
     by_footer = versions.collect(root, VECTORS.folder, listed, FileList.of([]))
     journal_of(root, files[:2])
@@ -43,6 +55,11 @@ def test_a_resumed_run_reads_no_footer(tmp_path: Path, shards: Path, monkeypatch
     found = versions.collect(root, VECTORS.folder, listed, resumed.read())
     assert list(found) == files and found.identity() == by_footer.identity()
     versions.commit(root, VECTORS.name, found)
+    for error in (PermissionError("no DeleteObject"), StorageError("away")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Root, "delete", raising(error))
+            resumed.drop()
+    assert sum(name.startswith("versions/part-") for name in root.list("versions")) == 2
     resumed.drop()
     assert sorted(p.name[:6] for p in (tmp_path / "versions").iterdir()) == ["000000", "files-"]
 

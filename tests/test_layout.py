@@ -104,6 +104,7 @@ def test_a_node_of_little_memory_gets_its_own_share() -> None:
     """Where memory binds before cores do, Ray counts it too: eight cores with 8 GB have two workers, not eight."""
     got = on_cpus(node(8, memory_gb=8, lendable_gb=6), node(4))
     assert (got.actors, got.memory) == ((6, 6), CPU_WORKER_BYTES) and 6 * GB // got.memory == 2
+    assert got.threads == 1 and fitting(got, 4) == [4], "two and four are six, of one thread each"
     assert on_cpus(node(8, memory_gb=8)).memory == 0, "on one node the count is enough"
 
 
@@ -115,6 +116,31 @@ def test_a_pool_that_breathes_asks_for_what_it_uses() -> None:
     assert (grown.actors, fitting(grown, 4)) == ((6, 7), [4])
     with pytest.raises(UsageError, match="no node has a CPU"):
         on_cpus(node(0))
+
+
+def growing(device: str, *nodes: Node, actors: tuple[int, int] = (1, 16), **config: object) -> Layout:
+    return lay_out(asked(actors=actors, **config), device, [node(0), *nodes], 1000, 1000, can_grow=True)
+
+
+def test_a_cluster_that_grows_uses_all_of_each_node() -> None:
+    """`--actors 1:16` on the first of eight GPU nodes: no more workers share its cores than its GPU takes."""
+    gpu = node(16, gpus=1, memory_gb=64)
+    halves = growing("cuda", gpu, gpus_per_actor=0.5)
+    assert (halves.actors, halves.gpus, halves.threads, fitting(halves, 16)) == ((1, 16), 0.5, 8, [2])
+    assert growing("cuda", *[gpu] * 8, gpus_per_actor=0.5) == halves, "the same when all are there"
+    by_cores = growing("cuda", gpu)
+    assert (by_cores.gpus, by_cores.threads, fitting(by_cores, 16)) == (0.3333, 5, [3]), "not all on the one GPU"
+    assert growing("cuda", *[gpu] * 16).gpus == growing("cuda", gpu, actors=(1, 1)).gpus == 1.0, "as many as GPUs"
+    small = growing("cpu", node(8, memory_gb=8, lendable_gb=6))
+    assert (small.threads, fitting(small, 8), 6 * GB // small.memory) == (4, [2], 2)
+    fixed = lay_out(asked(actors=(1, 16), gpus_per_actor=0.5), "cuda", [gpu], 1000, 1000)
+    assert (fixed.actors, fixed.threads) == ((1, 16), 8), "nor where it cannot"
+
+
+def test_workers_threads_are_on_the_node_that_has_the_gpu() -> None:
+    """Cores beside one GPU are no help to those beside eight others."""
+    got = lay_out(asked(gpus_per_actor=1.0), "cuda", [node(64, gpus=1), node(16, gpus=8)], 1000, 1000)
+    assert (got.actors, got.threads) == ((9, 9), 2) and fitting(got, 16)[0] >= 8
 
 
 def test_feeders_come_first_and_by_themselves_where_they_help() -> None:
@@ -135,3 +161,6 @@ def test_feeders_come_first_and_by_themselves_where_they_help() -> None:
     assert on_gpus(node(32, gpus=1), node(64)).feeders == 0, "its own cores are enough"
     assert on_gpus(node(8, gpus=1), node(32), feeders=0).feeders == 0
     assert on_gpus(node(8, gpus=1), node(32), decode="cuda").feeders == 0
+    gpu = node(8, gpus=1)
+    assert growing("cuda", gpu, node(32), gpus_per_actor=1.0).feeders == 39, "the first worker has them all"
+    assert growing("cuda", gpu, feeders=64).feeders == 4, "an autoscaler brings their nodes too"

@@ -1,21 +1,30 @@
 """Of any number of starts one holds the lease; a dead holder's runs out; one that slept through it commits nothing."""
 
+import json
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lease_race import hear, processes, race, tell
 
 from pipeline import lease as lease_module
-from pipeline.errors import UsageError
-from pipeline.lease import FOLDER, Lease, Lost, Taken, holder, latest
+from pipeline.errors import StorageError, UsageError
+from pipeline.lease import FOLDER, Claim, Lease, Lost, Taken, holder, latest
 from pipeline.output import Root
+
+
+def until(is_so: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -89,6 +98,54 @@ def test_who_was_overtaken_loses_whatever_its_own_clock_says(tmp_path: Path, mon
     assert holder(root) is None
 
 
+def test_a_store_that_was_away_costs_the_lease_only_where_somebody_else_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renewals fail until both have run out: one holder has it again by itself, the other stays overtaken."""
+    alone, shared = Root(str(tmp_path / "alone")), Root(str(tmp_path / "shared"))
+    put_new = Root.put_new
+
+    def away(*_: object) -> None:
+        raise StorageError("away")
+
+    def others(claim: Claim, **changes: Any) -> bytes:
+        return json.dumps(asdict(replace(claim, token="another", **changes))).encode()
+
+    monkeypatch.setattr(lease_module, "RENEWALS", 20)
+    with Lease(alone, 2) as kept, Lease(shared, 2) as overtaken:
+        with monkeypatch.context() as patch:
+            patch.setattr(Root, "overwrite", away)
+            patch.setattr(Root, "put_new", away)
+            until(lambda: holder(alone) is None and holder(shared) is None)
+            with pytest.raises(Lost, match="ran out after 2 s"):
+                kept.check()
+            claim = latest(shared)[1]
+            assert claim is not None
+            put_new(shared, f"{FOLDER}/00000002.json", others(claim, until=time.time() + 60))
+        until(lambda: latest(alone)[0] == 2)
+        kept.check()
+        for is_released in (False, True):  # who came may have committed, and ended since
+            shared.overwrite(f"{FOLDER}/00000002.json", others(claim, released=is_released))
+            with pytest.raises(Lost, match="ran out after 2 s"):
+                overtaken.check()
+    assert (latest(alone)[0], latest(shared)[0]) == (2, 2) and holder(alone) is None
+    assert latest(shared)[1].token == "another"  # type: ignore[union-attr]
+
+
+def test_whoever_may_not_delete_holds_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A role of a bucket without DeleteObject: the lower leases stay, and the highest counts."""
+    root = Root(str(tmp_path))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("no DeleteObject")
+
+    monkeypatch.setattr(Root, "delete", refuse)
+    for number in (1, 2):
+        with Lease(root, 60) as lease:
+            lease.check()
+            assert latest(root)[0] == len(root.list(FOLDER)) == number
+
+
 def test_an_answer_that_was_lost_and_numbers_that_came_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What counts is whose token the highest number holds, not what the put said."""
     root = Root(str(tmp_path))
@@ -128,6 +185,7 @@ def test_rubbish_and_wrong_values(tmp_path: Path) -> None:
     assert holder(root) is None
     with Lease(root, 60) as lease:
         lease.check()
+        assert f"{FOLDER}/notes.txt" in root.list(FOLDER)
         assert latest(root)[0] == 8 and set(asdict(holder(root))) == {  # type: ignore[call-overload]
             *("token", "host", "pid", "since", "until", "released")
         }

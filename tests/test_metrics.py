@@ -218,6 +218,16 @@ def test_devices_are_busy_while_they_compute(after: dict[str, float], share: flo
     assert device_busy({"a": 10.0, "b": 1.0}, after, 5.0, share) == pytest.approx(busy)
 
 
+def test_metrics_beside_vectors_leave_the_last_commit(tmp_path: Path) -> None:
+    """A run that ends well and makes no version is a success at its time, and no commit."""
+    from pipeline.meters import Meters
+
+    made_at = versions.commit(Root(str(tmp_path)), "x@1", [])
+    meters = Meters(State(set="x@1", shards=0), str(tmp_path), made_at)
+    meters.succeed(None)
+    assert meters._commit_at == metrics.unix_time(made_at) and time.time() - meters._success_at < 60
+
+
 class Watched(NamedTuple):
     server: Prometheus
     output: str

@@ -48,7 +48,12 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Root, Version, set
 
 
 def ids(found: Duplicates) -> set[tuple[str, ...]]:
-    return {tuple(member.id for member in group) for group in found.groups}
+    groups: dict[int, list[str]] = {}
+    for table in found.tables():
+        for row in table.to_pylist():
+            groups.setdefault(row["group"], []).append(row["id"])
+    assert list(groups) == list(range(1, found.count + 1)) and found.images == sum(map(len, groups.values()))
+    return set(map(tuple, groups.values()))
 
 
 def test_every_planted_duplicate_is_found_and_no_other(output: tuple[Root, Version, set[tuple[str, ...]]]) -> None:
@@ -63,9 +68,13 @@ def test_every_planted_duplicate_is_found_and_no_other(output: tuple[Root, Versi
     index.build(root, version, kind="ivf", least=0.3, say=quiet)
     found = find(root, version, above=0.97)
     assert ids(found) == groups and "ivf index" in found.how and found.cut == 0
-    assert [len(group) for group in found.groups[:3]] == [5, 3, 2]
-    assert all(0.97 <= member.score <= 1.000001 for group in found.groups for member in group)
-    assert all(member.score > 0.999999 for member in found.groups[0])
+    assert found.sizes()[:3].tolist() == [5, 3, 2]
+    assert (found.scores >= 0.97).all() and (found.scores <= 1.000001).all()
+    assert (np.diff(found.least[2:]) <= 0).all()  # pairs by their similarity
+    largest, second = found.first(2, 4)
+    assert tuple(m.id for m in largest) in {group[:4] for group in groups if len(group) == 5}
+    assert all(m.score > 0.999999 and m.width == 640 for m in largest)
+    assert {m.id for m in second} in [set(group) for group in groups]
 
 
 def test_few_pairs_at_once_give_the_same_groups(
@@ -76,6 +85,7 @@ def test_few_pairs_at_once_give_the_same_groups(
     index.build(root, version, kind="ivf", least=0.3, say=quiet)
     monkeypatch.setattr(near_duplicates, "PAIR_BYTES", 8 * DIM * 20)
     monkeypatch.setattr(near_duplicates, "QUERIES_AT_ONCE", 97)
+    monkeypatch.setattr(near_duplicates, "TOLD_AT_ONCE", 41)
     assert ids(find(root, version, above=0.97)) == groups
 
 
@@ -102,7 +112,8 @@ def test_zero_vectors_are_no_duplicates(tmp_path: Path) -> None:
     rows = np.random.default_rng(1).standard_normal((50, DIM)).astype(np.float32)
     rows[[3, 4]] = 0
     root = Root(str(tmp_path))
-    assert find(root, planted.commit(root, {"a": rows}), above=0.95).groups == []
+    found = find(root, planted.commit(root, {"a": rows}), above=0.95)
+    assert (found.count, found.images, found.first(8, 6), list(found.tables())) == (0, 0, [], [])
 
 
 def test_a_large_version_needs_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pipeline import originals as module
 from pipeline.columns import Columns
 from pipeline.errors import UsageError
 from pipeline.listing import list_shards
-from pipeline.originals import originals
+from pipeline.originals import check_input, originals
 from pipeline.shards import read_samples
 
 
@@ -38,8 +38,14 @@ def test_a_shard_that_has_changed_shows_nothing(tmp_path: Path) -> None:
     known = etags(shards) | {"a": "0" * 16, "gone": "1" * 16}
     found = originals(shards, known, {"a/k": "a", "b/k": "b", "gone/k": "gone"})
     assert found.pictures.keys() == {"b/k"} and found.changed == 2
-    with pytest.raises(UsageError, match="none of this version's, such as other"):
-        originals(shards, {"other": "0" * 16}, {"other/k": "other"})
+    check_input(shards, known)
+    check_input(shards, {})
+    with pytest.raises(
+        UsageError, match="--input lists 2 shards, such as a, and none of this version's, such as other"
+    ):
+        check_input(shards, {"other": "0" * 16})
+    with pytest.raises(UsageError, match="--input lists 0 shards, such as none, and"):
+        check_input([], {"other": "0" * 16})
 
 
 def test_no_more_is_read_than_a_report_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import progress
 from pipeline.output import Root
-from pipeline.progress import Display, Note, State, is_alive, read_notes
+from pipeline.progress import Display, Note, State, is_alive, looks, read_notes
 
 
 def test_counts_go_up_and_end_exact() -> None:
@@ -26,6 +26,13 @@ def test_counts_go_up_and_end_exact() -> None:
     state.finish(replace(made.receipt("a", 1, 2, 30), shard="t"))
     state.settle()
     assert (state.shards_done, state.images, state.rejects) == (2, 80, 2)
+
+
+def test_durations_are_for_a_person() -> None:
+    """Two figures, in the units that a person would say."""
+    told = {0: "0 s", 0.31: "0.3 s", 9.96: "10 s", 42: "42 s", 59.6: "1 min 00 s", 303: "5 min 03 s"}
+    told |= {3599.6: "1 h 00 min", 94_000: "26 h 06 min", 4_000_000: "1,111 h 06 min"}
+    assert {seconds: progress.duration(seconds) for seconds in told} == told
 
 
 def test_without_a_terminal_there_is_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +72,15 @@ def test_a_run_that_fell_silent_is_dead_and_a_damaged_note_tells_nothing(tmp_pat
     (tmp_path / "reports" / "run-broken.json").write_text("{")
     (note,) = read_notes(Root(str(tmp_path)))
     assert note.state == "running" and not is_alive(note)
+
+
+def test_who_looks_again_reads_the_newest_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them once; then those that may have come meanwhile."""
+    monkeypatch.setattr(progress, "NEWEST", 2)
+    root = Root(str(tmp_path))
+    for number in range(3):
+        Note(root, State(set=f"x@{number}", shards=1, started=1e9 + number)).close("committed")
+    seen = looks(root)
+    assert [note.set for note in next(seen)] == ["x@0", "x@1", "x@2"]
+    Note(root, State(set="x@3", shards=1, started=1e9 + 3)).close("committed")
+    assert [note.set for note in next(seen)] == [note.set for note in next(seen)] == ["x@2", "x@3"]

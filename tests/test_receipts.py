@@ -38,3 +38,12 @@ def test_a_run_without_receipts_writes_nothing_and_a_damaged_file_tells_nothing(
     assert root.list("reports") == {} and read_receipts(root, "idle") is None
     root.put_new(receipts_name("cut"), b"PAR1 and no more")
     assert read_receipts(root, "cut") is None
+    ledger = Ledger()
+    for i in range(500):
+        ledger.add(replace(made.receipt("w:1:a", i, i + 2, 50, 2), shard=f"shard-{i:05d}"))
+    ledger.put(root, "rotten")
+    path = Path(root.at(receipts_name("rotten")))
+    content = bytearray(path.read_bytes())
+    content[4 : len(content) // 3] = bytes(len(content) // 3 - 4)  # its pages, and not its footer
+    path.write_bytes(content)
+    assert read_receipts(root, "rotten") is None

@@ -77,6 +77,11 @@ def version(asked: RunConfig) -> versions.Version:
     return versions.current(Root(asked.output))
 
 
+# What the contract has in `embed --json`, however it ended.
+ALWAYS = (
+    *("set", "version", "shards", "shards_embedded", "shards_unchanged", "shards_removed", "samples", "rows"),
+    *("rejects", "seconds", "images_per_s", "limited_by"),
+)
 COUNTS = ("result", "version", "shards_embedded", "shards_unchanged", "shards_removed", "rows")
 
 
@@ -133,6 +138,14 @@ def test_an_input_that_shrinks_by_mistake_is_refused(asked: RunConfig, tmp_path:
     assert told(committed(asked), "result", "rows") == (0, "committed", 1)
 
 
+def test_metrics_beside_vectors_commit_nothing_and_say_so(asked: RunConfig) -> None:
+    """They end well, and the version that readers use stays: `unchanged`."""
+    committed(asked)
+    metrics = committed(replace(asked, only_metrics=True))
+    assert told(metrics, "result", "version", "version_before", "rows") == (0, "unchanged", None, 1, 24)
+    assert versions.numbers(Root(asked.output)) == [1]
+
+
 def test_a_bound_on_what_cannot_be_measured_refuses(asked: RunConfig) -> None:
     """Where classes were never kept, no agreement is known; without the bound it is only not measured."""
     committed(replace(asked, outputs=("embedding",)))
@@ -147,7 +160,8 @@ def test_a_second_start_does_nothing_and_says_who_works(asked: RunConfig, tmp_pa
     root = Root(asked.output)
     with Lease(root, 60):
         taken = run(asked)
-        assert told(taken, "result", "version", "shards_embedded") == (0, "taken", None, 0)
+        assert told(taken, "result", *ALWAYS[:-1]) == (0, "taken", None, None, *[0] * 6, {}, 0, 0.0)
+        assert taken.json["limited_by"] == "nothing to do"
         assert taken.json["lease"].startswith(f"taken-by {lease_module.platform.node()}:{os.getpid()} since 20")
         assert not (tmp_path / "out" / "versions").exists() and not (tmp_path / "out" / "sets").exists()
     assert told(committed(asked), "result") == (0, "committed")
@@ -316,7 +330,9 @@ def test_the_line_for_a_scheduler(asked: RunConfig, tmp_path: Path) -> None:
         code, out, _ = call(*argv)
         assert (code, pairs(out)["result"]) == (0, "taken") and "taken-by" in pairs(out)["lease"]
         code, out, _ = call(*argv, "--json")
-        assert code == 0 and json.loads(out)["lease"].startswith("taken-by ")
+        taken = json.loads(out)
+        assert code == 0 and taken["lease"].startswith("taken-by ")
+        assert [taken[key] for key in ALWAYS[1:9]] == [1, 2, 0, 2, 0, 24, 24, {}]
     for wrong, message in (
         (["--keep", "some"], "--keep some"),
         (["--lease-timeout", 1], "--lease-timeout 1.0: must be 2"),

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
+import planted
 import pytest
 from containers import write_tar
 from pictures import broken, jpeg
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 
 import pipeline
 from jobs.__main__ import app
-from pipeline import versions
+from pipeline import index, vector_map, versions
 from pipeline.config import RunConfig
 from pipeline.errors import UsageError
 from pipeline.listing import list_shards
@@ -143,18 +145,36 @@ def test_one_command_writes_it(output: Path) -> None:
     [
         (["--version", "9"], "has no version 9: it has 1, 2"),
         (["--run", "run-x"], "--run run-x: {out} has no such run; the last ones: run-"),
-        (["--html", "{tmp}/none/report.html"], "--html {tmp}/none/report.html cannot be written: No such file"),
+        (
+            ["--run", "{run}", "--version", "2"],
+            "--version 2: the run {run} made version 1: leave out --version or --run",
+        ),
+        (["--html", "{tmp}/none/report.html"], "--html {tmp}/none/report.html: there is no folder {tmp}/none"),
         (["--input", "{tmp}/other/*.tar"], "none of this version's"),
         (["--input", "{tmp}/none/*.tar"], "nothing matches"),
     ],
 )
 def test_a_mistake_ends_with_2_and_one_sentence(output: Path, tmp_path: Path, args: list[str], says: str) -> None:
     write_tar(tmp_path / "other" / "x.tar", {"k.jpg": jpeg()})
-    filled = [a.format(tmp=tmp_path) for a in args]
+    run = read_notes(Root(str(output / "out")))[0].name
+    filled = [a.format(tmp=tmp_path, run=run) for a in args]
     version = [] if "--version" in args else ["--version", "2"] if "--run" not in args else []
     result = CliRunner().invoke(app, ["report", str(output / "out"), *version, *filled])
     assert result.exit_code == 2, result.output
-    assert says.format(tmp=tmp_path, out=output / "out") in result.stderr and result.stderr.count("\n") == 1
+    assert says.format(tmp=tmp_path, out=output / "out", run=run) in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_figures_of_a_sample_are_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near-duplicates through the index are of all rows, the median of the sample; other weights are told too."""
+    monkeypatch.setattr(vector_map, "SAMPLE_ROWS", 16)
+    root, rows = Root(str(tmp_path)), np.random.default_rng(5).normal(size=(60, 8)).astype(np.float32)
+    for weights in "01":
+        version = planted.commit(root, {"a": rows}, weights_sha256=weights * 64)
+    index.build(root, version, say=lambda line: None)
+    page = Path(report(root).path).read_text()
+    assert "No two of 60 images have" in page and "Among a sample of 16, the median image" in page
+    assert "of a sample of 16 to its nearest other" in page and "very many as similar" not in page
+    assert "of an image&#39;s two vectors; the weights differ" in page
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +287,10 @@ def test_it_follows_the_scheme_with_its_charts(page: Any) -> None:
     seen = {}
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        page.wait_for_timeout(50)
-        page.wait_for_function("Promise.resolve(true)")
+        page.wait_for_function(
+            """() => getComputedStyle(document.querySelector('[data-chart="classes"] .yaxislayer-above text')).fill
+            === getComputedStyle(document.body).color"""
+        )
         seen[scheme] = page.evaluate(
             """() => [getComputedStyle(document.body).backgroundColor,
             getComputedStyle(document.querySelector('[data-chart="classes"] .yaxislayer-above text')).fill,

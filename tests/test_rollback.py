@@ -3,14 +3,16 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from test_jobs import call
 from written import vectors_of, version
 
-from pipeline import readers, versions
-from pipeline.errors import UsageError
+from pipeline import garbage, readers, versions
+from pipeline import rollback as rollback_module
+from pipeline.errors import StorageError, UsageError
 from pipeline.garbage import collect_garbage
 from pipeline.output import Root
 from pipeline.rollback import held, roll_back
@@ -116,6 +118,45 @@ def test_what_gc_took_cannot_come_back_and_the_rollback_outlives_its_origin(tmp_
         roll_back(root)
     with pytest.raises(UsageError, match="no committed version yet"):
         roll_back(Root(str(tmp_path / "none")))
+
+
+def test_what_gc_deletes_in_the_same_moment_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files were all there when it looked, and one is not when the version is: a sentence, no silence."""
+    root, (_, second, _) = history(tmp_path)
+    name = next(n for n in versions.read_list(root, second).names("embeddings") if "/t-" in n)
+
+    def append(*given: Any) -> Version | None:
+        root.delete(name)
+        return versions.append(*given)
+
+    monkeypatch.setattr(rollback_module, "append", append)
+    with pytest.raises(StorageError, match=f"version 4 of .* lacks 1 files, among them {name}: gc deleted them mean"):
+        roll_back(root)
+
+
+@pytest.mark.parametrize("slices_before", [0, 1])
+def test_gc_spares_what_becomes_current_while_it_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slices_before: int
+) -> None:
+    """Files of old versions that a run finds done, and commits, when others have gone already; or is about to."""
+    root, (_, second, _) = history(tmp_path)
+    monkeypatch.setattr(garbage, "SLICE", 1)
+    asked: list[None] = []
+
+    def commits_meanwhile() -> set[str]:
+        asked.append(None)
+        if len(asked) == 2 + slices_before:
+            version(root, A, {"s": ROWS, "t": ROWS})
+        return set()
+
+    deleted = collect_garbage(root, 1, commits_meanwhile)
+    assert len(asked) > 2 and numbers(root) == [3, 4] and current(root).files == second.files
+    assert verify(root, current(root)).clean and len(deleted) >= 3  # two versions, and the list of the first
+    version(root, B, {"s": ROWS})
+    asked.clear()
+    sets = [{A.name} if at else set() for at in range(99)]
+    deleted = collect_garbage(root, 1, lambda: sets.pop(0))
+    assert versions.version_name(4) in deleted and not any(A.name in name for name in deleted)
 
 
 def test_rollback_from_the_command_line(tmp_path: Path) -> None:

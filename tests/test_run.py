@@ -1,5 +1,6 @@
 """The whole run on a local Ray: committed, resumable, incremental, gated."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from containers import write_folder, write_parquet, write_tar
 from pictures import jpeg
 from test_weights import save_local_dir
 
-from pipeline import readers, versions
+from pipeline import readers, site, versions
 from pipeline.columns import Columns
 from pipeline.config import RunConfig
 from pipeline.embed import STAGES
@@ -208,6 +209,16 @@ def test_a_shard_that_cannot_be_read_fails_the_run_and_nothing_else(tmp_path: Pa
     (tmp_path / "away").rename(tmp_path / "in" / "bad.tar")
     again = run(config(tmp_path / "in", tmp_path / "out"))
     assert (again.exit_code, again.json["shards_embedded"], again.json["rows"]) == (COMMITTED, 1, 6)
+
+
+def test_a_node_that_cannot_tell_what_it_can_do_is_told(tmp_path: Path) -> None:
+    """In a sentence with the reason, as where its disk is full."""
+
+    def ask() -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"^a node could not tell what it can do: OSError: .*No space left on device"):
+        site._anywhere(ask, "cpu", config(tmp_path, tmp_path), lambda line: None)
 
 
 def test_a_run_that_stands_still_ends_and_names_the_stage(tmp_path: Path) -> None:

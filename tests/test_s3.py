@@ -164,6 +164,18 @@ def test_a_name_may_hold_any_character(bucket: str) -> None:
         assert open_input(e.url, e.size).read() == read_bytes(e.url) == key.encode()
 
 
+def test_what_is_not_there_costs_one_request(bucket: str) -> None:
+    """Each shard's output is asked for: s3fs' own `info` would list too, for it might be a folder."""
+    root, asked = Root(f"{bucket}/out"), list[str]()
+    put(f"{bucket}/out/x", b"abc")
+    (there,) = list_files(f"{bucket}/out/x")
+    root.fs.s3.meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name))
+    for name in ("y", "y/z"):
+        with pytest.raises(FileNotFoundError, match=rf"could not look at {bucket}/out/{name}: not found"):
+            root.open(name)
+    assert is_unchanged(there) and asked == ["HeadObject"] * 3
+
+
 def test_a_name_may_be_an_object_and_a_folder(bucket: str, server: S3Server) -> None:
     """The object wins; with `/` at the end it is the folder. What only marks a folder is no object."""
     put(f"{bucket}/in/x", b"1")

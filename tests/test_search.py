@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +11,16 @@ import oracle
 import planted
 import pyarrow.parquet as pq
 import pytest
+import written
 from containers import write_tar
 from pictures import jpeg
 from PIL import Image
 from test_jobs import call, embed_args
 
-from pipeline import index, readers, stored_index, versions
+from pipeline import index, near_duplicates, readers, report, stored_index, versions
 from pipeline.errors import UsageError
 from pipeline.output import Root
-from pipeline.search import Searcher, read_vector, search, vector_of
+from pipeline.search import Searcher, read_vector, search
 from pipeline.versions import Version
 
 DIM = 16
@@ -57,7 +60,7 @@ def test_hits_are_those_of_numpy_on_every_way(output: tuple[Root, Version]) -> N
 def test_an_id_is_no_hit_of_its_own(output: tuple[Root, Version]) -> None:
     """Its own vector is the query; the others come in their order."""
     root, version = output
-    query = vector_of(root, version, "b/c/5")
+    query = Searcher(root, version).vector_of("b/c/5")
     np.testing.assert_allclose(query, rows(40, 2)[5] / np.linalg.norm(rows(40, 2)[5]), atol=1e-6)
     own = search(root, version, query, top=120).hits
     others = search(root, version, query, top=120, without="b/c/5").hits
@@ -77,7 +80,93 @@ def test_an_id_is_no_hit_of_its_own(output: tuple[Root, Version]) -> None:
 def test_an_unknown_id_is_answered_with_similar_ones(output: tuple[Root, Version], wanted: str, said: str) -> None:
     """The sentence names the version, and what the user may have meant."""
     with pytest.raises(UsageError, match=said):
-        vector_of(*output, wanted)
+        Searcher(*output).vector_of(wanted)
+
+
+def test_as_many_hits_come_as_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few lists hold ten hits, and not a hundred: more are looked into, so that recall holds too, and it is told."""
+    root, every = Root(str(tmp_path)), rows(2000, 4)
+    version = planted.commit(root, {"a": every})
+    stored = index.build(root, version, kind="ivf", least=0.3, say=lambda line: None).index
+    unit = every / np.linalg.norm(every, axis=1, keepdims=True)
+    searcher, shares = Searcher(root, version), []
+    assert stored.probes < stored.lists / 10
+    for query in range(0, 2000, 100):
+        answer = searcher(every[query], top=100, without=f"a/{query}")
+        assert len(answer.hits) == 100 and not answer.is_exact
+        true = np.argsort(-(unit @ unit[query]), kind="stable")[1:101]
+        shares.append(len({f"a/{n}" for n in true} & {hit.id for hit in answer.hits}) / 100)
+    assert np.mean(shares) >= stored.recall_at_10 - 0.05
+    told = rf"recall@10 0\.\d+ as measured for 10 hits; {10 * stored.probes} of {stored.lists} lists .* for 100$"
+    assert re.search(told, answer.how) and "as measured" not in searcher(every[0]).how
+    assert len(searcher(every[0], top=1000).hits) == 1000
+    monkeypatch.setattr(index, "LEAST_PER_LIST", 4)
+    version = planted.commit(root, {"a": every[:300]})
+    index.build(root, version, kind="ivf", least=0.3, say=lambda line: None)
+    searcher = Searcher(root, version)
+    assert searcher.index is not None and searcher.index.lists > 30
+    searcher.index = replace(searcher.index, probes=1)
+    assert all(len(searcher(every[n], without=f"a/{n}").hits) == 10 for n in range(40))
+    found = searcher(every[0], top=1000, without="a/0").hits
+    assert {hit.id for hit in found} == {f"a/{n}" for n in range(1, 300)}
+
+
+def test_a_search_lists_no_parts(output: tuple[Root, Version], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an output of a million shards that alone would take minutes."""
+
+    def refused(root: Root, folder: str) -> dict[str, int]:
+        raise AssertionError(f"all of {folder} was listed")
+
+    monkeypatch.setattr(Root, "list", refused)
+    assert search(*output, rows(1, 3)[0]).how.startswith("flat index")
+
+
+def test_a_wrong_input_is_found_before_any_work(
+    output: tuple[Root, Version], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another's shards, none at all, and places where nothing can be written: 2, and nothing was searched."""
+    out = output[0].url
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("it began to work")
+
+    monkeypatch.setattr(Searcher, "__init__", refused)
+    monkeypatch.setattr(near_duplicates, "near_duplicates", refused)
+    monkeypatch.setattr(report, "gather", refused)
+    write_tar(tmp_path / "other.tar", {"k.jpg": b""})
+    other, none = ("--input", tmp_path / "other.tar"), ("--input", tmp_path / "none.tar")
+    sheet, here = ("--sheet", tmp_path / "x.png"), ("--sheet", tmp_path)
+    for verb in (("search", out, "--id", "a/1"), ("near-duplicates", out)):
+        for more, said in (
+            ((*sheet, *other), "none of this version's, such as a: give --input as it was"),
+            ((*sheet, *none), "none.tar"),
+            ((*here, *other), f"--sheet {tmp_path}: is a folder"),
+            (("--sheet", tmp_path / "no" / "x.png", *other), "there is no folder"),
+        ):
+            code, _, told = call(*verb, *more)
+            assert code == 2 and said in told, (verb, more, told)
+    for args, said in (
+        (("search", out, "--id", "a/1", "--top", 0), "--top 0"),
+        (("near-duplicates", out, "--parquet", tmp_path), "is a folder"),
+        (("report", out, *other), "none of this version's"),
+        (("report", out, "--html", tmp_path), f"--html {tmp_path}: is a folder"),
+        (("report", out, "--html", tmp_path / "no" / "x.html"), "there is no folder"),
+    ):
+        code, _, told = call(*args)
+        assert code == 2 and said in told, (args, told)
+
+
+def test_ids_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    """A key may hold what clears a screen, or a line that looks like a hit; JSON has it as it is."""
+    root, hostile = Root(str(tmp_path)), "\x1b[2J\n  1.0000  mine"
+    same = {key: (np.ones(DIM), 1) for key in (hostile, "other")}
+    written.version(root, written.vectors_of(DIM), {"s": same})
+    for args in (("search", tmp_path, "--id", "s/other"), ("near-duplicates", tmp_path)):
+        code, printed, told = call(*args)
+        assert code == 0, told
+        assert "\x1b" not in printed and "s/\\x1b[2J\\n  1.0000  mine" in printed
+        found = json.loads(call(*args, "--json")[1])
+        assert f"s/{hostile}" in {hit["id"] for hit in found.get("hits") or found["groups"][0]}
 
 
 def test_a_version_without_an_index_is_searched_exactly(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 from containers import serving
 from ray.job_submission import JobDetails, JobStatus, JobType
+from typer.testing import CliRunner
 
+from jobs.__main__ import app
+from pipeline import reach
 from pipeline.errors import UsageError
-from pipeline.submission import Cluster, _ended, _Lines
+from pipeline.submission import JobServer, _ended, _Lines
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +22,19 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_cluster_at_an_address_is_a_mistake(tmp_path: Path) -> None:
     """Nobody there, or another server: one sentence, without what the URL may hide."""
     with serving(tmp_path) as url, pytest.raises(UsageError, match=f"no Ray job server answers at {url}: .*404"):
-        Cluster(url)
+        JobServer(url)
     with pytest.raises(UsageError, match=r"no Ray job server answers at http://127\.0\.0\.1:9: ") as told:
-        Cluster("http://me:secret@127.0.0.1:9")
+        JobServer("http://me:secret@127.0.0.1:9")
     assert "secret" not in str(told.value) and "\n" not in str(told.value)
+
+
+def test_no_driver_is_started_to_ask_for_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever RAY_ADDRESS says: all that is asked goes to the job server."""
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    asked = list[str]()
+    monkeypatch.setattr(reach, "asking", asked.append)
+    done = CliRunner().invoke(app, ["submit", "--list", "--status", "x"])
+    assert (done.exit_code, asked) == (2, []), done.output
 
 
 def test_each_line_comes_once() -> None:
