@@ -158,13 +158,13 @@ def plan(config: RunConfig, say: Callable[[str], None]) -> Run:
     vectors, labels = vector_set(config, module, site.resolve_precision(config, device, say))
     todo = _todo(root, vectors, shards)
     engine, fallback = config.engine, ""
+    if todo and (note := decoding_note(vectors, is_here=not cluster.is_shared())):
+        say(note)
     if todo and engine != "eager":
         if engine == "compile":
             say(f"compiling {config.model}: about a minute, the first time")
         threads, share = _worker(config, device, shards, todo, say)
         engine, fallback = site.resolve_engine(config, module, vectors, device, threads, share, say)
-    if todo and (note := decoding_note(vectors, is_here=not cluster.is_shared())):
-        say(note)
     if fallback:
         say(fallback)
         vectors = replace(vectors, engine=engine)

@@ -57,25 +57,6 @@ def resolve_precision(config: RunConfig, device: str, say: Callable[[str], None]
     return str(found.pop()) if len(found) == 1 else "fp32"
 
 
-def nodes_for(config: RunConfig, device: str, say: Callable[[str], None]) -> list[Node]:
-    """The nodes, one that has the device among them, which an autoscaler may have to bring.
-
-    Raises `Stalled` where none comes or is left, and `UsageError` where torch there knows of no such device.
-    """
-    give_up = time.monotonic() + config.stall_timeout_s
-
-    def ask() -> None:
-        backbone.resolve_device(device)
-
-    while True:
-        nodes = cluster.nodes()
-        if not cluster.is_shared() or any(suits(n, device) for n in nodes):
-            return nodes
-        if not cluster.can_grow() or time.monotonic() > give_up:  # as when each goes as soon as it has come
-            raise _none_left(device)
-        _anywhere(ask, device, config, say)
-
-
 def check_decoding(config: RunConfig, device: str) -> None:
     """Raises `UsageError` where `--decode cuda` finds no decoder, on this machine or a node that is there now."""
     if config.decode != "cuda":
@@ -102,6 +83,25 @@ def here() -> Node:
         memory=memory,
         lendable=memory,
     )
+
+
+def nodes_for(config: RunConfig, device: str, say: Callable[[str], None]) -> list[Node]:
+    """The nodes, one that has the device among them, which an autoscaler may have to bring.
+
+    Raises `Stalled` where none comes or is left, and `UsageError` where torch there knows of no such device.
+    """
+    give_up = time.monotonic() + config.stall_timeout_s
+
+    def ask() -> None:
+        backbone.resolve_device(device)
+
+    while True:
+        nodes = cluster.nodes()
+        if not cluster.is_shared() or any(suits(n, device) for n in nodes):
+            return nodes
+        if not cluster.can_grow() or time.monotonic() > give_up:  # as when each goes as soon as it has come
+            raise _none_left(device)
+        _anywhere(ask, device, config, say)
 
 
 def resolve_engine(

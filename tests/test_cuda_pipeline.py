@@ -125,7 +125,7 @@ def test_decoding_on_a_device_needs_one(tmp_path: Path, monkeypatch: pytest.Monk
         decode="cuda", device="cpu",
     )  # fmt: skip
     with pytest.raises(UsageError, match="--decode cuda: the device is the CPU"):
-        run.plan(config)
+        run.plan(config, lambda line: None)
 
     def lacks(device: torch.device) -> None:
         raise UsageError(f"--decode cuda: no decoder on {device}")
@@ -134,7 +134,7 @@ def test_decoding_on_a_device_needs_one(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda_images, "check_decoder", lacks)
     monkeypatch.setattr(weights, "load_module", lambda *_: pytest.fail("that is work"))
     with pytest.raises(UsageError, match="--decode cuda: no decoder on cuda"):
-        run.plan(config)
+        run.plan(config, lambda line: None)
 
 
 def test_a_slower_way_than_the_flag_names_is_said() -> None:
