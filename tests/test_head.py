@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from pipeline import head
@@ -97,6 +98,15 @@ def test_a_ray_that_never_answers_is_told_too(no_ray: None, monkeypatch: pytest.
     with head.starting(), pytest.raises(OSError, match="Ray cannot be started"):
         head.address()
     assert head._head is None
+
+
+def test_ray_starts_without_what_nobody_has_here(ray_session: None) -> None:
+    """No process shows workers' logs, and none would start nodes: each is a Python of its own."""
+    assert head._head is not None
+    started = psutil.Process(head._head.pid).children(recursive=True)
+    commands = [" ".join(process.cmdline()) for process in started]
+    assert any("raylet" in command for command in commands)
+    assert not [command for command in commands if "monitor.py" in command]
 
 
 def test_a_connected_process_keeps_its_token(ray_session: None) -> None:
