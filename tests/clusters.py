@@ -49,7 +49,8 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster()
-        self._common = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
+        # Ray's log monitor is a process for each node, that shows drivers what no test reads.
+        self._common = {"object_store_memory": STORE_BYTES, "include_dashboard": False, "include_log_monitor": False}
         self._cluster.add_node(temp_dir=folder, **self._common, **head)
         self.address = str(self._cluster.address)
 

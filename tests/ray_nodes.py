@@ -100,7 +100,7 @@ class Nodes:
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", *flags,
              "--node-ip-address=127.0.0.1", f"--object-store-memory={100 * 2**20}", f"--temp-dir={own}",
              "--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--runtime-env-agent-port=0",
-             "--disable-usage-stats"],
+             "--disable-usage-stats", "--include-log-monitor=false"],
             env=self.environment, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
