@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs import exits
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 
 
 def status(
@@ -57,7 +57,11 @@ def _look(output: str) -> dict[str, Any]:
     runs = progress.read_notes(root)
     alive = [r for r in runs if progress.is_alive(r)]
     last = runs[-1] if runs else None
-    index = stored_index.index_of(root, current) if current else None
+    index, damage = None, ""
+    try:
+        index = stored_index.index_of(root, current) if current else None
+    except StorageError as e:
+        damage = str(e)
     held = lease.holder(root)
     return {
         "output": root.url,
@@ -70,6 +74,7 @@ def _look(output: str) -> dict[str, Any]:
         "index": {name: getattr(index, name) for name in ("kind", "vectors", "bytes", "recall_at_10", "created")}
         if index
         else None,
+        "index_damage": damage or None,
         "running": [asdict(r) for r in alive],
         "lease": str(held) if held else None,
         "last_run": asdict(last) | {"state": progress.outcome(last)} if last else None,
@@ -87,10 +92,11 @@ def _show(found: dict[str, Any]) -> None:
             f"  {current['shards']:,} shards, {current['samples']:,} samples: {current['rows']:,} rows, "
             f"{rejects:,} rejects{f' ({reasons})' if reasons else ''}"
         )
+        damage = found["index_damage"] or ""
         if index := found["index"]:
             print(f"  {index['kind']} index: {index['vectors']:,} vectors, recall@10 {index['recall_at_10']:.4f}")
         else:
-            print("  no index")
+            print(f"  no index{damage and f' that can be used: {damage}'}")
     else:
         print(f"{found['output']}: no version is committed yet")
     for name, one in found["sets"].items():

@@ -12,7 +12,9 @@ import planted
 import pyarrow.parquet as pq
 import pytest
 from s3_server import S3Server
+from typer.testing import CliRunner
 
+from jobs.__main__ import app
 from pipeline import index, inverted, stored_index, versions
 from pipeline import vectors as vectors_module
 from pipeline.errors import StorageError, UsageError
@@ -257,6 +259,18 @@ def test_a_damaged_index_of_another_version_is_none(root: Root, parts: dict[str,
     Path(root.at(old)).write_text("{")
     assert old in collect_garbage(root, 1, set)
     assert "flat index of version 2" in search(root, version, parts["a"][0]).how
+
+
+def test_status_tells_of_a_damaged_index(root: Root, parts: dict[str, np.ndarray]) -> None:
+    """And of all else, as if there were none."""
+    built(root, planted.commit(root, {"a": parts["a"]}), "flat")
+    (name,) = root.list_flat("index")
+    Path(root.at(name)).write_text("{")
+    done = CliRunner().invoke(app, ["status", root.url, "--json"])
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["version"], told["index"]) == (0, 1, None)
+    assert told["index_damage"].startswith(f"{name} is damaged")
+    assert f"no index that can be used: {name} is damaged" in CliRunner().invoke(app, ["status", root.url]).stdout
 
 
 def test_large_files_are_encoded_and_merged_in_pieces(
