@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import weights
 from pipeline.board import Board, Told
 from pipeline.build import build_id
 from pipeline.cluster import check_build, cores, dead_nodes, here, node_id, ray
@@ -54,6 +53,8 @@ class EmbedShards:
 
         torch.set_num_threads(job.torch_threads)
         if content:
+            from pipeline import weights  # late: what dies while it is imported has told that it started
+
             staged = weights.receive(job.vectors.weights_sha256, lambda: memoryview(ray.get(content[0])))
             job = replace(job, weights=str(staged))
         backbone = backbone_of(job)

@@ -12,7 +12,8 @@ from pipeline import imports
 
 SCRIPT = """
 import sys
-import pipeline.embed, timm, torchvision, torch
+import pipeline.actors, pipeline.embed, timm, torchvision, torch
+assert "pipeline.weights" not in sys.modules  # a worker that dies over its weights has told before that it started
 from torchvision.ops import roi_align
 assert not [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor", "sympy"))]
 assert timm.create_model("test_vit").eval()(torch.zeros(1, 3, 160, 160)).shape == (1, 1000)
