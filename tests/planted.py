@@ -6,7 +6,7 @@ from pathlib import Path
 import made
 import numpy as np
 
-from pipeline import versions
+from pipeline import index, versions
 from pipeline.backbone import Arrays
 from pipeline.config import VectorSet
 from pipeline.listing import Shard
@@ -16,6 +16,7 @@ from pipeline.shards import Sample
 from pipeline.storage import digest
 
 CLASSES = 10
+DIM = 24  # of `clusters`
 
 
 def vector_set(dim: int, **changes: object) -> VectorSet:
@@ -51,3 +52,20 @@ def arrays(rows: np.ndarray) -> Arrays:
     top = np.stack([rows.argmax(axis=1) % CLASSES, rows.argmin(axis=1) % CLASSES], axis=1)
     score = np.tile(np.array([0.75, 0.25], np.float32), (len(rows), 1))
     return Arrays(rows, np.linalg.norm(rows, axis=1), np.hstack([top, top, top]), np.hstack([score, score, score]))
+
+
+def clusters(count: int, seed: int, centres: int = 60) -> np.ndarray:
+    """float32 (count, DIM): points about a few centres, of any length."""
+    rng = np.random.default_rng(seed)
+    middle = np.random.default_rng(0).standard_normal((centres, DIM))
+    points = middle[rng.integers(centres, size=count)] + 0.4 * rng.standard_normal((count, DIM))
+    return np.float32(points * rng.uniform(0.5, 2, (count, 1)))
+
+
+def built(root: Root, version: versions.Version, kind: str = "ivf", least: float = 0.9) -> index.Built:
+    return index.build(root, version, kind=kind, least=least, say=lambda line: None)
+
+
+def four_parts() -> dict[str, np.ndarray]:
+    """Three files of 700, 500 and 300 vectors, one of none."""
+    return {"a": clusters(700, 1), "b/c": clusters(500, 2), "d": clusters(300, 3), "none": clusters(0, 4)}
