@@ -168,7 +168,10 @@ def _without_monitors() -> None:
     They took 2.2 of the 12.1 CPU seconds of Ray's start (Ray 2.60, Intel Xeon, 2026-11-28). `ray.init` has no argument
     for them, and `ray start` hides its flags. A Ray that has other names for them starts with all that it has.
     """
-    from ray._private.parameter import RayParams
+    try:
+        from ray._private.parameter import RayParams
+    except ImportError:
+        return
 
     whole = RayParams.__init__
 
