@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import oracle
 import torch
 
@@ -10,6 +11,7 @@ from pipeline.backbone import Backbone, facts_of
 from pipeline.config import Adapt, VectorSet
 from pipeline.embed import Embedder, Job, Receipt
 from pipeline.feed import LocalFeed
+from pipeline.images import Decoded
 from pipeline.listing import Shard, list_shards
 from pipeline.lists import ShardFiles
 from pipeline.rows import Counts
@@ -105,3 +107,9 @@ def receipt(worker: str, start: float, end: float, rows: int, rejects: int = 0, 
         "worker": worker,
     }
     return Receipt(**(fields | changes))  # type: ignore[arg-type]
+
+
+def noise_for(backbone: Backbone, count: int) -> list[Decoded]:
+    """`count` images as a decoder hands them on, of the size that the backbone takes: always the same."""
+    size = (count, *backbone.preprocessing.input_size)
+    return [Decoded(pixels, 9, 9) for pixels in np.random.default_rng(0).integers(0, 256, size, np.uint8)]

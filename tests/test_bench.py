@@ -29,7 +29,8 @@ def test_bench_ends_in_a_command_that_runs(shards: Path, tmp_path: Path, monkeyp
     told = json.loads(out)
     rows = [told["read"], told["transfer"], told["write"], *told["decode"], *told["forward"]]
     assert all(row["cpu_ms"] > 0 and row["images_per_s"] > 0 for row in rows)
-    assert 0 < told["expected_images_per_s"] == told["trial"]["images_per_s"]
+    reachable = min(told["trial"]["images_per_s"], told["ceiling"]["alone_images_per_s"]["read"])
+    assert told["expected_images_per_s"] == pytest.approx(reachable, abs=0.06) and reachable > 0
     assert told["images"]["count"] == 21 and told["trial"]["images"] > 0
     exact = told["decode"][0]
     assert (exact["decode"], exact["largest_levels"], exact["cosine"]) == ("exact", 0, pytest.approx(1))

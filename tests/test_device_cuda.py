@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import made
 import numpy as np
 import oracle
 import pytest
@@ -13,14 +14,8 @@ from pipeline import device
 from pipeline.backbone import Backbone
 from pipeline.device import Staging
 from pipeline.errors import NoRoom
-from pipeline.images import Decoded
 
 SHAPE = (3, 4, 4)
-
-
-def noise_for(backbone: Backbone, count: int) -> list[Decoded]:
-    size = (count, *backbone.preprocessing.input_size)
-    return [Decoded(pixels, 9, 9) for pixels in np.random.default_rng(0).integers(0, 256, size, np.uint8)]
 
 
 @pytest.mark.gpu
@@ -28,7 +23,7 @@ def noise_for(backbone: Backbone, count: int) -> list[Decoded]:
 def test_cuda_batches_come_back_right_whatever_is_under_way(model: str, cache: Path) -> None:
     """Forty batches through the ring, waited for late: to the bit what each of them gives alone."""
     backbone = Backbone(oracle.module(model), device="cuda", batch_size=16)
-    noise = noise_for(backbone, 16)
+    noise = made.noise_for(backbone, 16)
     sizes = [16, 3, 16, 1]
     want = [backbone(torch.from_numpy(np.stack([n.pixels for n in noise[:size]]))).to_numpy() for size in sizes]
     staging = Staging(backbone)
@@ -47,7 +42,7 @@ def test_cuda_tells_its_seconds(cache: Path) -> None:
     """The device's own time of a batch: more than nothing, less than the clock on the wall, and more for more work."""
     backbone = Backbone(oracle.module("pit_ti_224"), device="cuda", batch_size=64)
     staging = Staging(backbone)
-    noise = noise_for(backbone, 64)
+    noise = made.noise_for(backbone, 64)
     staging(noise).to_numpy()
     started = time.perf_counter()
     passed = [staging(noise) for _ in range(8)]
@@ -64,7 +59,7 @@ def test_cuda_waits_sleep(cache: Path) -> None:
     """Who waits for the device leaves its core to the decoding threads."""
     backbone = Backbone(oracle.module("pit_b_224"), device="cuda", batch_size=128)
     staging = Staging(backbone)
-    noise = noise_for(backbone, 128)
+    noise = made.noise_for(backbone, 128)
     staging(noise).to_numpy()
     passed = [staging(noise) for _ in range(3)]
     wall, cpu = time.perf_counter(), time.thread_time()
@@ -79,7 +74,7 @@ def test_cuda_out_of_memory_in_the_ring_loses_no_row(cache: Path, full_device: C
     backbone = Backbone(oracle.module("vgg11"), device="cuda", batch_size=1024)
     staging = Staging(backbone)
     full_device(2 * 2**30)
-    noise = noise_for(backbone, 8) * 128
+    noise = made.noise_for(backbone, 8) * 128
     passed = [staging(noise), staging(noise)]
     got = [one.to_numpy().embedding for one in passed]
     assert backbone.batch_size < 1024

@@ -5,12 +5,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import made
 import numpy as np
 import oracle
 import pytest
 import torch
 from test_backbone import Ties
-from test_device import noise_for
 
 from pipeline import findings, tuning
 from pipeline.backbone import Backbone
@@ -179,7 +179,7 @@ def test_cuda_search_leaves_room(cache: Path, full_device: Callable[[int], None]
     backbone = Backbone(oracle.module("vgg11"), device="cuda")
     assert backbone.batch_size < MAX_BATCH
     staging = Staging(backbone)
-    noise = noise_for(backbone, 1) * backbone.batch_size
+    noise = made.noise_for(backbone, 1) * backbone.batch_size
     passed = [staging(noise) for _ in range(4)]
     assert all(len(one.to_numpy().embedding) == len(noise) for one in passed)
 
@@ -188,7 +188,7 @@ def test_cuda_search_leaves_room(cache: Path, full_device: Callable[[int], None]
 def test_cuda_channels_last_keeps_to_the_precision(cache: Path) -> None:
     """The other layout gives bf16's vectors within bf16's error."""
     backbone = Backbone(oracle.module("pit_ti_224"), device="cuda", precision="bf16", batch_size=8)
-    images = torch.from_numpy(np.stack([n.pixels for n in noise_for(backbone, 8)]))
+    images = torch.from_numpy(np.stack([n.pixels for n in made.noise_for(backbone, 8)]))
     found = []
     for channels_last in (False, True):
         backbone._lay_out(channels_last)
