@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.allocation import keep_memory
 from pipeline.board import Board, Told
 from pipeline.build import build_id
 from pipeline.cluster import check_build, cores, dead_nodes, here, node_id, ray
@@ -47,6 +48,7 @@ class EmbedShards:
         except UsageError as e:
             self._refused = e  # `run` raises it: of a constructor Ray would tell a traceback
             return
+        keep_memory()
         # Of its compiler, whose processes would stay beside each worker for what the driver has compiled already.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         import torch

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pipeline import machine, measure, trial, weights
+from pipeline.allocation import keep_memory
 from pipeline.backbone import Backbone, resolve_device, resolve_precision
 from pipeline.ceiling import Ceiling, Decoding, Forward, Room, ceiling, chosen, workers_on_gpus
 from pipeline.config import DECODES, RunConfig
@@ -64,6 +65,7 @@ class Bench:
     """Called once, gives the object of `bench --json`. Raises `UsageError` for what a run of it would refuse too."""
 
     def __init__(self, asked: Asked, say: Callable[[str], None]):
+        keep_memory()  # as a run's workers do
         self.asked, self.config, self.say = asked, asked.config, say
         self.shards = list_shards(self.config.inputs, format=self.config.format, columns=self.config.columns)
         self.device = resolve_device(self.config.device)

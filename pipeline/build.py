@@ -5,6 +5,7 @@ The driver computes the set's name, workers on other nodes its vectors: both mus
 
 import hashlib
 import importlib.util
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def build_id() -> dict[str, Any]:
 
     JSON's own types only, so that it can be sent, printed and compared.
     """
-    return {"source": source_id(), "versions": {name: _version(name) for name in (*DECISIVE, *TOLD)}}
+    return {"source": source_id(), "versions": {name: version_of(name) for name in (*DECISIVE, *TOLD)}}
 
 
 def source_id() -> str:
@@ -56,7 +57,9 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[str]
     return wrong, told
 
 
-def _version(package: str) -> str:
+@cache
+def version_of(package: str) -> str:
+    """Of what is installed here; empty where it is not. Looked up once: that takes 0.5 ms, and every file says it."""
     try:
         return version(package)
     except PackageNotFoundError:

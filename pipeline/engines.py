@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pipeline import findings, machine
 from pipeline.architecture import line
+from pipeline.build import version_of
 from pipeline.cache import KEEP_S, cache_folder
 from pipeline.config import TensorColumn
 from pipeline.errors import NoRoom
@@ -268,17 +268,10 @@ def _key(engine: str, weights_sha256: str, threads: int, settings: dict[str, Any
         "weights": weights_sha256,
         "threads": threads,
         "processor": torch.cuda.get_device_name() if is_cuda else machine.cpu_name(),
-        "versions": [torch.__version__, timm.__version__, _version("openvino")],
+        "versions": [torch.__version__, timm.__version__, version_of("openvino")],
         **settings,
         "tensors": [asdict(column) for column in settings["tensors"]],
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _clear_compiled() -> None:

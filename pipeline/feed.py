@@ -31,6 +31,10 @@ DECODED_BYTES = 256 * 2**20  # … and fewer of large ones
 # Encoded images between reader and decoders, and those that wait for the device to decode them; one larger than that
 # is allowed alone.
 LOOKAHEAD_BYTES = 256 * 2**20
+# Images that one thread hands to the next at once, and fewer of large ones: that wakes both, which costs as much of a
+# core as reading an image does. Photos of 1024x768 on one core: see the README's table of what is handed on.
+HANDFUL = 8
+HANDFUL_BYTES = 4 * 2**20
 FETCHED_BYTES = 4 * 2**20  # what an image behind a URL is taken to weigh before it is there
 FETCHERS = 16  # URL columns: requests under way at once, latency is all they cost
 NOTHING_S = 0.5  # until the next question where there was no shard to be had
@@ -88,6 +92,14 @@ class _Reading:
         return Ended(self.samples, read, self.read_s, self.started, self.error, self.read_cpu_s)
 
 
+class _Given(NamedTuple):
+    """A sample that a decoder is to have."""
+
+    sample: Sample
+    size: int  # bytes that it has of the budget
+    fetched: Future[bytes] | None  # of a URL
+
+
 class LocalFeed:
     """Reads and decodes in threads of this process. Called for a flow; what comes of a call ends with it."""
 
@@ -98,7 +110,9 @@ class LocalFeed:
         preprocessing, upright = vectors.preprocessing, vectors.exif_orientation
         self._threads, self._deaths, self._reading = decode_threads, deaths, ""
         image_bytes = math.prod(preprocessing.input_size)
-        self._ahead = max(1, min(LOOKAHEAD_BATCHES * batch_size, DECODED_BYTES // image_bytes))
+        ahead = max(1, min(LOOKAHEAD_BATCHES * batch_size, DECODED_BYTES // image_bytes))
+        self._handful = max(1, min(HANDFUL, ahead // (2 * decode_threads)))
+        self._ahead = ahead // self._handful
         self._decoder: Callable[[bytes], Decoded | Jpeg]
         if vectors.decode == "cuda":
             self._decoder = HeaderDecoder(preprocessing, exif_orientation=upright)
@@ -144,30 +158,30 @@ class LocalFeed:
             reading = _Reading(shard)
             self._reading = shard.name
             try:
-                decode = self._decoder_for(shard)
-                for sample in _timed(read_samples(shard), reading):
-                    size = _weight(sample)
-                    reading.samples += 1
-                    reading.bytes_read += len(sample.image)
-                    budget.take(size, flow)
-                    fetched = fetchers.submit(fetch, sample) if sample.url and not sample.reject else None
-                    decoded = decoders.submit(_decode, decode, sample, fetched, budget, size)
-                    flow.put(waiting, (reading, sample, decoded))
+                decode, most = self._decoder_for(shard)
+                for several in _handfuls(_timed(read_samples(shard), reading), most):
+                    sizes = [_weight(sample) for sample in several]
+                    reading.samples += len(several)
+                    reading.bytes_read += sum(len(sample.image) for sample in several)
+                    budget.take(sum(sizes), flow)
+                    fetched = [fetchers.submit(fetch, s) if s.url and not s.reject else None for s in several]
+                    given = list(map(_Given, several, sizes, fetched))
+                    flow.put(waiting, (reading, several, decoders.submit(_decode_all, decode, given, budget)))
                 if _has_changed(shard):
                     raise StorageError(f"{redact(shard.url)} changed while it was read: run again")
             except (StorageError, OSError) as e:
                 reading.error = f"read: {e}"
             flow.put(waiting, (reading, None, None))
 
-    def _decoder_for(self, shard: Shard) -> Callable[[bytes], Decoded | Jpeg]:
-        """Of a shard that took a worker down, the images are decoded in processes apart."""
+    def _decoder_for(self, shard: Shard) -> tuple[Callable[[bytes], Decoded | Jpeg], int]:
+        """And for how many images at once. Of a shard that took a worker down they are decoded in processes apart."""
         deaths = self._deaths(shard.name)
         if deaths >= MAX_DEATHS:
             raise StorageError(
                 f"{deaths} workers died with this shard under way, and not by decoding its images: is there enough "
                 "memory? Else its file breaks what reads it"
             )
-        return self._isolated if deaths else self._decoder
+        return (self._isolated, 1) if deaths else (self._decoder, self._handful)
 
     def _decoded(
         self, flow: Flow, waiting: queue.Queue[Any], budget: ByteBudget, at: Callable[[str, str], None]
@@ -177,32 +191,60 @@ class LocalFeed:
             event = flow.get(waiting)
             if event is None:
                 return
-            reading, sample, future = event
-            if sample is None:
+            reading, several, future = event
+            if several is None:
                 yield Fed(reading.shard, None, reading.ended)
                 continue
             if reading.error is None:
-                at("fetch" if sample.url else "decode", reading.shard.name)
+                is_url = any(sample.url for sample in several)
+                at("fetch" if is_url else "decode", reading.shard.name)
                 try:
-                    outcome: Outcome = flow.wait(future)
+                    outcomes: list[Outcome] = flow.wait(future)
                 except (StorageError, OSError) as e:
-                    reading.error = f"{'fetch' if sample.url else 'decode'}: {e}"
+                    reading.error = f"{'fetch' if is_url else 'decode'}: {e}"
                     continue
-                reading.fetched_bytes += outcome.size if sample.url else 0
-                yield Fed(reading.shard, sample, outcome)
+                for sample, outcome in zip(several, outcomes, strict=True):
+                    reading.fetched_bytes += outcome.size if sample.url else 0
+                    yield Fed(reading.shard, sample, outcome)
             # Of a shard that failed, others are decoded still: nobody waits for them, and their bytes count as well.
             future.add_done_callback(partial(_give_encoded, budget))
 
 
-def _decode(
-    decode: Callable[[bytes], Decoded | Jpeg],
-    sample: Sample,
-    fetched: Future[bytes] | None,
-    budget: ByteBudget,
-    size: int,
-) -> Outcome:
+def _handfuls(samples: Iterator[Sample], most: int) -> Iterator[list[Sample]]:
+    """So many of them, in their order; fewer of large ones, and at the end."""
+    several: list[Sample] = []
+    size = 0
+    for sample in samples:
+        weight = _weight(sample)
+        if several and (len(several) == most or size + weight > HANDFUL_BYTES):
+            yield several
+            several, size = [], 0
+        several.append(sample)
+        size += weight
+    if several:
+        yield several
+
+
+def _decode_all(decode: Callable[[bytes], Decoded | Jpeg], several: list[_Given], budget: ByteBudget) -> list[Outcome]:
+    """What is left of their bytes, once they are decoded, has its part of the budget until `_give_encoded`."""
+    outcomes: list[Outcome] = []
+    left = sum(given.size for given in several)
+    try:
+        for given in several:
+            outcome = _decode(decode, given.sample, given.fetched)
+            outcomes.append(outcome)
+            done = given.size - _encoded_bytes(outcome)
+            budget.give(done)
+            left -= done
+    except BaseException:
+        budget.give(left)
+        raise
+    return outcomes
+
+
+def _decode(decode: Callable[[bytes], Decoded | Jpeg], sample: Sample, fetched: Future[bytes] | None) -> Outcome:
     started, cpu = time.perf_counter(), time.thread_time()
-    fetch_s, kept = 0.0, 0
+    fetch_s = 0.0
     data = sample.image
     result: Decoded | Jpeg | Reject
     try:
@@ -212,23 +254,21 @@ def _decode(
             data = fetched.result()
             fetch_s = time.perf_counter() - started
         result, stored = decode(data), len(data)
-        kept = _encoded_bytes(result)
     except Reject as why:
         result, stored = why, len(data) or sample.size
     finally:
         sample.image = b""
-        budget.give(size - kept)
     return Outcome(result, stored, fetch_s, time.perf_counter() - started - fetch_s, time.thread_time() - cpu)
 
 
-def _encoded_bytes(result: Decoded | Jpeg | Reject) -> int:
-    return len(result.data) if isinstance(result, Jpeg) else 0
+def _encoded_bytes(outcome: Outcome) -> int:
+    return len(outcome.result.data) if isinstance(outcome.result, Jpeg) else 0
 
 
-def _give_encoded(budget: ByteBudget, decoded: "Future[Outcome]") -> None:
-    """Of an image whose bytes were kept until it was handed over, or dropped."""
+def _give_encoded(budget: ByteBudget, decoded: "Future[list[Outcome]]") -> None:
+    """Of images whose bytes were kept until they were handed over, or dropped."""
     if not decoded.cancelled() and decoded.exception() is None:
-        budget.give(_encoded_bytes(decoded.result().result))
+        budget.give(sum(map(_encoded_bytes, decoded.result())))
 
 
 def _weight(sample: Sample) -> int:

@@ -10,7 +10,6 @@ import os
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
     from pipeline.backbone import Arrays
+from pipeline.build import version_of
 from pipeline.config import VectorSet
 from pipeline.errors import Reject
 from pipeline.listing import Shard
@@ -96,14 +96,8 @@ def file_metadata(vectors: VectorSet, shard: Shard) -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str]:
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "not installed"
+    """`not installed`: run from a checkout that was not."""
+    return {name: version_of(name) or "not installed" for name in PACKAGES}
 
 
 @dataclass

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from pipeline.allocation import keep_memory
 from pipeline.embed import Embedder, Job, Receipt, backbone_of
 from pipeline.feed import LocalFeed
 from pipeline.listing import Shard
@@ -51,6 +52,7 @@ def images_per_s(receipts: list[Receipt]) -> float:
 def _wait_for(others: threading.Barrier) -> None:
     global _all_ready
     _all_ready = others
+    keep_memory()
     os.setsid()  # as Ray's workers: Linux divides the cores among sessions first, where others want them too
 
 
