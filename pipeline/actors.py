@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.allocation import keep_memory
 from pipeline.board import Board, Told
 from pipeline.build import build_id
 from pipeline.cluster import check_build, cores, dead_nodes, here, node_id, ray
@@ -22,6 +21,7 @@ from pipeline.feed import LocalFeed
 from pipeline.feeders import RemoteFeed
 from pipeline.layout import Layout
 from pipeline.listing import Shard
+from pipeline.process import keep_memory, leave_pandas_out
 
 # Ray starts dead workers again and again; what bounds it is ours: MAX_DEATHS a shard, and so many workers that died
 # before they were ready.
@@ -49,6 +49,7 @@ class EmbedShards:
             self._refused = e  # `run` raises it: of a constructor Ray would tell a traceback
             return
         keep_memory()
+        leave_pandas_out()
         # Of its compiler, whose processes would stay beside each worker for what the driver has compiled already.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         import torch

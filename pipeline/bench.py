@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from pipeline import machine, measure, trial, weights
-from pipeline.allocation import keep_memory
 from pipeline.backbone import Backbone, resolve_device, resolve_precision
 from pipeline.ceiling import Ceiling, Decoding, Forward, Room, ceiling, chosen, workers_on_gpus
 from pipeline.config import DECODES, RunConfig
@@ -32,6 +31,7 @@ from pipeline.errors import NoRoom, UsageError
 from pipeline.images import Decoded, Decoder
 from pipeline.listing import Shard, list_shards
 from pipeline.output import Root
+from pipeline.process import keep_memory
 from pipeline.resizing import BOUNDS
 from pipeline.sets import check_device, vector_set
 from pipeline.speed import Means, Sums

@@ -14,11 +14,11 @@ from dataclasses import replace
 
 import torch
 
-from pipeline.allocation import keep_memory
 from pipeline.embed import Embedder, Job, Receipt, backbone_of
 from pipeline.feed import LocalFeed
 from pipeline.listing import Shard
 from pipeline.output import Root
+from pipeline.process import keep_memory, leave_pandas_out
 
 START_S = 120.0  # for all processes to load torch and the model, and find a batch size
 
@@ -53,6 +53,7 @@ def _wait_for(others: threading.Barrier) -> None:
     global _all_ready
     _all_ready = others
     keep_memory()
+    leave_pandas_out()
     os.setsid()  # as Ray's workers: Linux divides the cores among sessions first, where others want them too
 
 
