@@ -317,9 +317,8 @@ class Backbone:
         columns = self._taps.columns(body, caught | of_heads, n)
         if not self._top:
             return Vectors(embedding, norm, None, None, columns)
-        # torch.topk leaves the order of equal scores open; a stable sort gives them by index.
-        ordered, index = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
-        return Vectors(embedding, norm, index[:, : self._top], ordered[:, : self._top], columns)
+        score, index = ranked(logits.softmax(dim=1), self._top)
+        return Vectors(embedding, norm, index, score, columns)
 
     def _searched(self, batch_size: int | None, allowed: int) -> tuning.Tuned | None:
         """The batch size, unless it is given, and then the layout of its memory that this device is faster with.
@@ -358,6 +357,22 @@ def load_backbone(model: str, weights: Path, adapt: Adapt, **settings: Any) -> B
     from pipeline.weights import load_staged
 
     return Backbone(load_staged(model, weights, adapt), **settings)
+
+
+def ranked(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best `count` of each row and where they are, equal ones by index; all where there are fewer.
+
+    torch.topk leaves open which of equal ones it takes, and in which order. A stable sort instead takes 9 times as long
+    with 1,000 classes, and 1.3 ms an image with 21,841. On CUDA the question whether it is needed would cost a wait.
+    """
+    if scores.device.type == "cpu" and count <= scores.shape[1]:
+        best, index = scores.topk(count, dim=1)
+        if ((scores >= best[:, -1:]).sum(dim=1) == count).all():
+            index, by_index = index.sort(dim=1)
+            best, by_score = best.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+            return best, index.gather(1, by_score)
+    best, index = scores.sort(dim=1, descending=True, stable=True)
+    return best[:, :count], index[:, :count]
 
 
 def _joined(parts: list[Vectors]) -> Vectors:

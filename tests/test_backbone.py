@@ -8,7 +8,7 @@ from timm.data import create_transform, resolve_data_config
 
 from pipeline import engines
 from pipeline.architecture import build
-from pipeline.backbone import Backbone, facts_of, read_labels, resolve_device, resolve_precision
+from pipeline.backbone import Backbone, facts_of, ranked, read_labels, resolve_device, resolve_precision
 from pipeline.config import Adapt
 from pipeline.engines import Eager
 from pipeline.errors import NoRoom, UsageError
@@ -115,6 +115,17 @@ def test_equal_scores_come_in_the_order_of_their_index() -> None:
     vectors = Backbone(Ties(), batch_size=2, top_k=7)(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
     assert vectors.topk_index is not None
     assert vectors.topk_index.tolist() == [[0, 1, 2, 3, 4, 5, 6]] * 3
+
+
+@pytest.mark.parametrize("levels", [2, 6, 10**6])
+@pytest.mark.parametrize("count", [1, 5, 12, 13])
+def test_the_best_scores_are_those_of_a_stable_sort(levels: int, count: int) -> None:
+    """With many equal scores, a few, and none; for as many as there are, and for more."""
+    scores = torch.from_numpy(np.random.default_rng(levels).integers(0, levels, (200, 12))).float()
+    best, index = ranked(scores, count)
+    for row, of_row, at in zip(scores.tolist(), best.tolist(), index.tolist(), strict=True):
+        order = sorted(range(12), key=lambda i: -row[i])[:count]
+        assert at == order and of_row == [row[i] for i in order]
 
 
 class SmallMemory(Ties):

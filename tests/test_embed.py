@@ -292,13 +292,15 @@ def test_the_reader_does_not_run_away(tmp_path: Path, monkeypatch: pytest.Monkey
     embedder.backbone._module.forward_features = lambda x: seen.append(len(read)) or time.sleep(0.02) or original(x)
     made.receipts(embedder, list_shards([str(tmp_path / "in")]))
     ahead = [n - 4 * i for i, n in enumerate(seen)]
-    assert max(ahead) <= 4 + 4 * feed_module.LOOKAHEAD_BATCHES + 2
+    handful = embedder._feed._handful  # one is being read and one unpacked
+    assert handful == 2 and max(ahead) <= 4 + 4 * feed_module.LOOKAHEAD_BATCHES + 2 * handful
 
 
 def device_feed(monkeypatch: pytest.MonkeyPatch, limit: int) -> tuple[feed_module.LocalFeed, list[ByteBudget]]:
     """A feed whose JPEGs stay encoded, with so many bytes of them; its budgets, a call each."""
     budgets: list[ByteBudget] = []
     monkeypatch.setattr(feed_module, "LOOKAHEAD_BYTES", limit)
+    monkeypatch.setattr(feed_module, "HANDFUL_BYTES", 2 * limit // 5)
     monkeypatch.setattr(feed_module, "ByteBudget", lambda limit: budgets.append(ByteBudget(limit)) or budgets[-1])
     return feed_module.LocalFeed(made.vector_set(decode="cuda"), 2, batch_size=64), budgets
 
@@ -312,7 +314,8 @@ def test_images_for_the_device_are_bounded_in_bytes(tmp_path: Path, monkeypatch:
     for _, sample, _ in feed(list_shards([str(tmp_path / "in")]), Flow(), lambda stage, shard: None):
         time.sleep(0.005 if sample else 0)
         held.append(budgets[0]._taken)
-    assert len(held) == 41 and max(held) == 5 * len(image) and budgets[0]._taken == 0
+    # Two handfuls of two, for a third one would be too much.
+    assert len(held) == 41 and max(held) == 4 * len(image) and budgets[0]._taken == 0
 
 
 def test_a_shard_that_fails_gives_its_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
