@@ -6,6 +6,7 @@ import platform
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,8 @@ class EmbedShards:
         """`build`: the driver's; `content`: where to have the weights that this node lacks, or nothing."""
         self._board, self._slot, self._name = board, slot, worker_name()
         self._deaths: dict[str, int] = {}
+        self._receipts = deque[tuple[str, bytes]]()  # that the board is to have with the next question
+        self._is_idle, self._handed_in = False, None
         self._refused: UsageError | None = None
         _asked(board.start.remote(slot, self._name, node_id()), None)  # first: loading the model may be what kills it
         try:
@@ -76,11 +79,15 @@ class EmbedShards:
         if self._refused:
             raise self._refused
         self._embedder(self._shards(), self._done)
+        if self._handed_in is not None:
+            _asked(self._handed_in, None)  # who has run is killed, and what it was sending may be lost
 
     def _shards(self) -> Iterator[Shard | None]:
         while True:
-            lent = _asked(self._board.take.remote(self._name), False)
+            lent = _asked(self._board.take.remote(self._name, self._gathered()), False)
+            self._is_idle = isinstance(lent, bool)
             if lent is True:
+                self._hand_in()
                 return
             if lent is False:
                 yield None
@@ -90,10 +97,25 @@ class EmbedShards:
                 yield shard
 
     def _done(self, receipt: Receipt) -> None:
-        self._board.done.remote(receipt.shard, pickle.dumps(receipt))
+        """A call costs a millisecond here and one of the board: of tiny shards, receipts wait for the next question."""
+        self._receipts.append((receipt.shard, pickle.dumps(receipt)))
+        if self._is_idle:
+            self._hand_in()
+
+    def _hand_in(self) -> None:
+        if receipts := self._gathered():
+            self._handed_in = self._board.done.remote(receipts)
+
+    def _gathered(self) -> list[tuple[str, bytes]]:
+        receipts = []
+        with suppress(IndexError):  # several threads take them out
+            while True:
+                receipts.append(self._receipts.popleft())
+        return receipts
 
     def _tick(self) -> None:
         while True:
+            self._hand_in()
             self._board.say.remote(self._slot, self._name, self._embedder.activity.said())
             time.sleep(TICK_S)
 

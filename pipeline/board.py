@@ -7,6 +7,7 @@ more and none waits between two.
 import secrets
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -112,8 +113,12 @@ class Board:
             if shard in self._shards and who not in self._dead:
                 self._lend(shard, who)
 
-    def take(self, who: str) -> tuple[bytes, int] | bool:
-        """A shard and how many workers died over it; False: none for now; True: none ever again."""
+    def take(self, who: str, receipts: Sequence[tuple[str, bytes]] = ()) -> tuple[bytes, int] | bool:
+        """A shard and how many workers died over it; False: none for now; True: none ever again.
+
+        `receipts`: as of `done`.
+        """
+        self.done(receipts)
         self._heard[who] = time.monotonic()
         shard = self._waiting[0] if self._waiting else self._forsaken(who)
         if shard is None:
@@ -128,11 +133,13 @@ class Board:
         self._left.add(slot)
         return True
 
-    def done(self, shard: str, receipt: bytes) -> None:
-        self._receipts.append(receipt)  # a second one of the same shard too: the driver knows what it has
-        self._unqueue(shard)
-        for known in (self._shards, self._lent, self._deaths):
-            known.pop(shard, None)
+    def done(self, receipts: Sequence[tuple[str, bytes]]) -> None:
+        """Each with the name of its shard."""
+        for shard, receipt in receipts:
+            self._receipts.append(receipt)  # a second one of the same shard too: the driver knows what it has
+            self._unqueue(shard)
+            for known in (self._shards, self._lent, self._deaths):
+                known.pop(shard, None)
 
     def _lend(self, shard: str, who: str) -> None:
         self._unqueue(shard)

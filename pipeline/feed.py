@@ -31,8 +31,8 @@ DECODED_BYTES = 256 * 2**20  # … and fewer of large ones
 # Encoded images between reader and decoders, and those that wait for the device to decode them; one larger than that
 # is allowed alone.
 LOOKAHEAD_BYTES = 256 * 2**20
-# Images that one thread hands to the next at once, and fewer of large ones. To wake the next costs 0.1 ms, as much as it
-# takes to read an image.
+# Images that one thread hands to the next at once, and fewer of large ones: to wake it costs 0.1 ms, as much as to read
+# an image.
 HANDFUL = 8
 HANDFUL_BYTES = 4 * 2**20
 FETCHED_BYTES = 4 * 2**20  # what an image behind a URL is taken to weigh before it is there

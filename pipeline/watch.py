@@ -44,7 +44,7 @@ def watch(
         workers.see(news)
         display.show()
         moves.see(state.shards_done, news)
-        if not news.receipts:
+        if not pool.is_done:
             time.sleep(POLL_S)
     state.settle()
 

@@ -20,8 +20,8 @@ def test_each_shard_is_lent_once_in_order() -> None:
     board = board_of("a", "b")
     board.add([("b", b"b")])  # handed in twice, lent once
     assert [board.take("x"), board.take("y"), board.take("x")] == [(b"a", 0), (b"b", 0), False]
-    board.done("a", b"receipt of a")
-    assert board.take("x") is False
+    assert board.take("x", [("a", b"receipt of a")]) is False
+    assert board.read("", 0).receipts == [b"receipt of a"]
     board.end()
     assert board.take("x") is True
 
@@ -31,10 +31,10 @@ def test_receipts_are_kept_until_the_driver_has_them() -> None:
     board = board_of("a", "b")
     for shard in "ab":
         board.take("x")
-        board.done(shard, shard.upper().encode())
+        board.done([(shard, shard.upper().encode())])
     first = board.read("", 0)
     assert first.receipts == board.read(first.epoch, 0).receipts == [b"A", b"B"]
-    board.done("c", b"C")
+    board.done([("c", b"C")])
     assert board.read(first.epoch, 2).receipts == [b"C"]
     assert board.read(first.epoch, 3).receipts == []
 
@@ -66,8 +66,8 @@ def test_what_a_silent_worker_has_goes_to_another(monkeypatch: pytest.MonkeyPatc
     clock[0] += 2
     assert board.take("x2") == (b"a", 1)
     assert board.take("y") is False
-    board.done("a", b"A")
-    board.done("a", b"A of the one that was silent")
+    board.done([("a", b"A")])
+    board.done([("a", b"A of the one that was silent")])
     assert board.take("y") is False
     assert len(board.read("", 0).receipts) == 2  # the driver knows its shards
 
@@ -78,7 +78,7 @@ def test_a_board_that_was_started_again_learns_what_is_lent() -> None:
     old.take("x")
     assert new.epoch != old.epoch
     assert new.read(old.epoch, 7).receipts == []
-    new.done("b", b"B")
+    new.done([("b", b"B")])
     assert new.read(old.epoch, 7).receipts == [b"B"]  # of which the driver has had none
     new.add([("a", b"a"), ("b", b"b")])
     new.say(0, "x", activity("a"))
@@ -124,8 +124,8 @@ def test_workers_leave_when_nothing_waits_but_for_the_least() -> None:
     assert set(board.read("", 0).said) == {"x", "y"}, "x has a shard under way"
     board.start(0, "x2")
     assert board.take("x2") == (b"a", 1) and board.take("x2") is True
-    board.done("a", b"A")
-    board.done("b", b"B")
+    board.done([("a", b"A")])
+    board.done([("b", b"B")])
     assert board.take("y") is False
     board.end()
     assert board.take("y") is True
