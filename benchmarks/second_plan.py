@@ -4,18 +4,21 @@
 
 The device is modelled by a sleep, the actor is pinned to one core. `alone`: the actor reads and decodes by itself;
 `fed`: so many feeders do, anywhere on this machine. Speeds are steady, in images/s, medians of rounds in turns.
-Then both plans run `embed` on a local cluster of several nodes, and their rows are compared bit by bit.
+
+First the inner pipeline alone; then `embed` on a local cluster, whose one node with a device lends the actor its one
+core, and whose other nodes, a CPU each, have none. At last both plans embed there with a real model, and their rows are
+compared bit by bit.
 """
 
 import argparse
-import itertools
+import contextlib
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,11 @@ import made  # noqa: E402
 import torch  # noqa: E402
 from containers import write_tar  # noqa: E402
 
-from pipeline import cluster, head  # noqa: E402
-from pipeline.actors import ray  # noqa: E402
+from pipeline import actors, cluster, head  # noqa: E402
+from pipeline.actors import EmbedShards, ray  # noqa: E402
 from pipeline.backbone import Vectors  # noqa: E402
-from pipeline.config import RunConfig  # noqa: E402
-from pipeline.embed import Embedder, Feed  # noqa: E402
+from pipeline.config import RunConfig, VectorSet  # noqa: E402
+from pipeline.embed import Embedder, Feed, Job  # noqa: E402
 from pipeline.feed import LocalFeed  # noqa: E402
 from pipeline.feeders import RemoteFeed  # noqa: E402
 from pipeline.listing import Shard, list_shards  # noqa: E402
@@ -43,10 +46,9 @@ BATCH = 64
 class SleepingDevice:
     """In the place of a `Backbone`: takes its time, and the host's threads are free meanwhile."""
 
-    def __init__(self, model: str, images_per_s: float):
-        self.preprocessing = made.vector_set(model).preprocessing
+    def __init__(self, vectors: VectorSet, images_per_s: float):
+        self.preprocessing, self._dim = vectors.preprocessing, vectors.dim
         self.batch_size, self.device, self._images_per_s = BATCH, torch.device("cpu"), images_per_s
-        self._dim = made.vector_set(model).dim
 
     def __call__(self, images: torch.Tensor) -> Vectors:
         time.sleep(len(images) / self._images_per_s)
@@ -57,18 +59,23 @@ def none_died(shard: str) -> int:
     return 0
 
 
+def pin() -> None:
+    """All threads of this process, and those to come, to one core."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {0})
+
+
 class PinnedActor:
     """The embedding process with one core."""
 
     def __init__(self, model: str, decode: str, images_per_s: float, feeders: int):
         vectors = made.vector_set(model, outputs=("embedding",), top_k=0, decode=decode)
         self._job = {"model": model, "outputs": ("embedding",), "top_k": 0, "decode": decode}
-        self._device = SleepingDevice(model, images_per_s)
+        self._device = SleepingDevice(vectors, images_per_s)
         self._feed: Feed = LocalFeed(vectors, 1, BATCH, none_died)
         if feeders:
             self._feed = RemoteFeed(vectors, feeders, none_died)
-        for thread in Path("/proc/self/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {0})
+        pin()
 
     def images_per_s(self, shards: list[Shard]) -> float:
         with tempfile.TemporaryDirectory() as output:
@@ -84,7 +91,7 @@ def machine_model(asked: argparse.Namespace, shards: list[Shard]) -> None:
     plans = {"alone": 0} | {f"fed by {n}": n for n in sorted({max(1, cores - 1), cores})}
     speeds: dict[str, list[float]] = {plan: [] for plan in plans}
     # All plans' feeders are there at once, and those whose turn it is not do nothing: so a CPU for each of them.
-    ray.init(num_cpus=sum(plans.values()) + 1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=sum(plans.values()) + 1, include_dashboard=False, log_to_driver=False)
     with cluster.local_ray():
         remote = ray.remote(num_cpus=0)(PinnedActor)
         pool = {p: remote.remote(asked.model, asked.decode, asked.device_images_per_s, n) for p, n in plans.items()}
@@ -95,43 +102,72 @@ def machine_model(asked: argparse.Namespace, shards: list[Shard]) -> None:
                     speeds[plan].append(speed)
     ray.shutdown()
     print(f"device {asked.device_images_per_s:.0f} images/s, one core beside it, {asked.decode} decode:")
+    show(speeds)
+
+
+def show(speeds: dict[str, list[float]]) -> None:
     for plan, values in speeds.items():
         ratios = [a / b for a, b in zip(values, speeds["alone"], strict=True)]
         shown = f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
         print(f"    {plan}: {shown} images/s, {statistics.median(ratios):.2f} of alone", flush=True)
 
 
-def small_shards(photos: Path, folder: Path, count: int, images: int) -> None:
-    """So many tars of so many photos."""
-    samples = [s.image for shard in list_shards([str(photos)]) for s in read_samples(shard) if not s.reject]
-    turning = itertools.cycle(samples)
-    for i in range(count):
-        write_tar(folder / f"{i:05d}.tar", {f"{j}.jpg": next(turning) for j in range(images)})
+def worker_of(images_per_s: float) -> type[EmbedShards]:
+    """A run's own worker, with one core beside a device that sleeps."""
+
+    class Pinned(EmbedShards):
+        def __init__(self, job: Job, *others: Any):
+            actors.backbone_of = lambda job: SleepingDevice(job.vectors, images_per_s)  # type: ignore[assignment]
+            super().__init__(job, *others)
+            pin()
+
+    return Pinned
+
+
+@contextlib.contextmanager
+def local_cluster(nodes: int) -> Iterator[None]:
+    """So many nodes of one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": head.OBJECT_STORE_BYTES}
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args=node)
+    try:
+        for _ in range(nodes - 1):
+            cluster.add_node(**node)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def on_a_cluster(asked: argparse.Namespace, scratch: Path) -> None:
-    """Both plans over `--nodes` nodes of one CPU and a head; the rows must be the same."""
-    from ray.cluster_utils import Cluster
+    """Both plans over `--nodes` nodes: with the sleeping device their speeds, with a model their rows."""
+    images = [s.image for shard in list_shards([str(asked.photos)]) for s in read_samples(shard) if not s.reject]
+    for i in range(asked.shards):
+        write_tar(scratch / "many" / f"{i:05d}.tar", {f"{j}.jpg": image for j, image in enumerate(images[:50])})
+    write_tar(scratch / "few" / "x.tar", {f"{j}.jpg": image for j, image in enumerate(images)})
+    plans = {"alone": 0, f"fed by {asked.nodes - 1}": asked.nodes - 1}
+    real, actors.EmbedShards = actors.EmbedShards, worker_of(asked.device_images_per_s)  # type: ignore[misc]
+    speeds: dict[str, list[float]] = {plan: [] for plan in plans}
+    for n in range(asked.rounds):
+        for plan, feeders in plans.items():
+            speeds[plan].append(run(asked, scratch / "many", scratch / f"{n}-{plan}", feeders, outputs=("embedding",)))
+    print(f"{asked.nodes} nodes, {asked.shards} shards of 50 photos, `embed`:")
+    show(speeds)
+    actors.EmbedShards = real  # type: ignore[misc]
+    for plan, feeders in plans.items():
+        run(asked, scratch / "few", scratch / plan, feeders)
+    first, second = (rows(scratch / plan) for plan in plans)
+    same = "equal to the bit" if first == second else "DIFFERENT"
+    print(f"    {len(first)} rows of {asked.model} in both plans: {same}")
 
-    small_shards(asked.photos, scratch / "in", asked.shards, images=10)
-    node = {"num_cpus": 1, "object_store_memory": head.OBJECT_STORE_BYTES}
-    cluster = Cluster(initialize_head=True, connect=True, head_node_args=node)
-    for _ in range(asked.nodes - 1):
-        cluster.add_node(**node)
-    for plan, feeders in (("alone", 0), ("fed", asked.nodes - 1)):
-        _, seconds = timed(lambda f=feeders, p=plan: run(asked, scratch, f, scratch / p))  # type: ignore[misc]
-        print(f"    {asked.nodes} nodes, {asked.shards} shards of 10, {plan}: {seconds:.1f} s", flush=True)
-    same = rows(scratch / "alone") == rows(scratch / "fed")
-    print(f"    rows of both plans: {'equal to the bit' if same else 'DIFFERENT'}")
-    ray.shutdown()
-    cluster.shutdown()
 
-
-def run(asked: argparse.Namespace, scratch: Path, feeders: int, output: Path) -> None:
+def run(asked: argparse.Namespace, photos: Path, output: Path, feeders: int, **changes: Any) -> float:
+    """Steady images/s."""
     from pipeline.run import embed
 
     config = RunConfig(
-        inputs=(str(scratch / "in"),),
+        inputs=(str(photos),),
         output=str(output),
         model=asked.model,
         weights="random:0",
@@ -139,20 +175,17 @@ def run(asked: argparse.Namespace, scratch: Path, feeders: int, output: Path) ->
         decode=asked.decode,
         actors=(1, 1),
         feeders=feeders,
+        **changes,
     )
-    result = embed(config, print)
+    result = embed(config, lambda line: None)
     assert result.exit_code == 0, result.message
+    return float(result.json["images_per_s"])
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
     from pipeline import open_dataset
 
     return sorted(open_dataset(str(output)).to_table().to_pylist(), key=lambda row: row["id"])
-
-
-def timed(do: Callable[[], None]) -> tuple[None, float]:
-    started = time.perf_counter()
-    return do(), time.perf_counter() - started
 
 
 def main() -> None:
@@ -163,12 +196,12 @@ def main() -> None:
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--device-images-per-s", type=float, default=5000.0)
     flags.add_argument("--nodes", type=int, default=3)
-    flags.add_argument("--shards", type=int, default=200)
+    flags.add_argument("--shards", type=int, default=60, help="of 50 photos, on the cluster")
     asked = flags.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.node()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {asked.model}")
     machine_model(asked, list_shards([str(asked.photos)]))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, local_cluster(asked.nodes):
         on_a_cluster(asked, Path(scratch))
 
 
