@@ -26,6 +26,7 @@ import torch
 from pipeline.backbone import Backbone
 from pipeline.engines import STATED_ERROR, Unavailable, difference
 from pipeline.images import Decoder
+from pipeline.process import keep_memory
 
 PIT = ("pit_ti", "pit_xs", "pit_s", "pit_b", "pit_ti_distilled", "pit_xs_distilled", "pit_s_distilled")
 MODELS = (
@@ -113,6 +114,7 @@ def main() -> None:
     flags.add_argument("--photos", type=Path, help="a folder of WebDataset tars")
     asked = flags.parse_args()
     torch.set_num_threads(asked.threads)
+    keep_memory()  # as a run's workers do
     print(f"{platform.node()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}", end="")
     print(f", batches of {BATCH}, {asked.threads} threads, {asked.rounds} rounds\n")
     print("| model | engine | images/s | to eager bf16 | 1 - cosine | difference | start, s |")
