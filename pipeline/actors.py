@@ -83,9 +83,17 @@ class EmbedShards:
             _asked(self._handed_in, None)  # who has run is killed, and what it was sending may be lost
 
     def _shards(self) -> Iterator[Shard | None]:
+        asked = None
         while True:
-            lent = _asked(self._board.take.remote(self._name, self._gathered()), False)
-            self._is_idle = isinstance(lent, bool)
+            asked = asked or self._board.take.remote(self._name, self._gathered())
+            try:
+                lent = ray.get(asked, timeout=BOARD_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:  # the same question again: it may have been lent to us meanwhile
+                yield None
+                continue
+            except ray.exceptions.RayActorError:
+                lent = False
+            asked, self._is_idle = None, isinstance(lent, bool)
             if lent is True:
                 self._hand_in()
                 return
