@@ -22,6 +22,7 @@ from PIL import Image
 
 from pipeline.device import is_out_of_memory, out_of_memory_explained
 from pipeline.errors import NoRoom, Reject, UsageError
+from pipeline.flow import grouped
 from pipeline.images import LARGE_PIXELS, MAX_ASPECT, UPRIGHT, Decoded, Decoder, Preprocessing
 from pipeline.jpegs import APP14, SOS, read_frame
 from pipeline.resizing import MODES, SWAPS, Side, Turn, is_down_first, sides
@@ -167,7 +168,8 @@ class DeviceImages:
     def __call__(self, images: Sequence["Decoded | Jpeg | OnDevice"]) -> list["Decoded | OnDevice | Reject"]:
         """In their order; what is decoded already stays as it is."""
         found: dict[int, OnDevice] = {}
-        for chunk in _chunks([(n, image) for n, image in enumerate(images) if isinstance(image, Jpeg)]):
+        jpegs = ((n, image) for n, image in enumerate(images) if isinstance(image, Jpeg))
+        for chunk in grouped(jpegs, _pixels, CHUNK_BYTES):
             raw = self._decoded([jpeg for _, jpeg in chunk])
             alike: dict[tuple[Any, ...], list[int]] = {}  # of one size, turned alike: they are resized together
             for place, ((_, jpeg), pixels) in enumerate(zip(chunk, raw, strict=True)):
@@ -215,19 +217,9 @@ def _bytes(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8))
 
 
-def _chunks(jpegs: list[tuple[int, Jpeg]]) -> Iterable[list[tuple[int, Jpeg]]]:
-    """One after the other, each of `CHUNK_BYTES` of pixels at most, or of one image."""
-    chunk: list[tuple[int, Jpeg]] = []
-    size = 0
-    for one in jpegs:
-        pixels = 3 * math.prod(one[1].stored)
-        if chunk and size + pixels > CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(one)
-        size += pixels
-    if chunk:
-        yield chunk
+def _pixels(one: tuple[int, Jpeg]) -> int:
+    """Their bytes."""
+    return 3 * math.prod(one[1].stored)
 
 
 def turned(images: torch.Tensor, turn: Turn | None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from pipeline.config import VectorSet
 from pipeline.cuda_images import HeaderDecoder, Jpeg
 from pipeline.errors import Reject, StorageError
 from pipeline.fetching import fetch
-from pipeline.flow import ByteBudget, Flow
+from pipeline.flow import ByteBudget, Flow, grouped
 from pipeline.images import Decoded, Decoder
 from pipeline.isolation import IsolatedDecoder
 from pipeline.listing import Shard
@@ -159,7 +159,7 @@ class LocalFeed:
             self._reading = shard.name
             try:
                 decode, most = self._decoder_for(shard)
-                for several in _handfuls(_timed(read_samples(shard), reading), most):
+                for several in grouped(_timed(read_samples(shard), reading), _weight, HANDFUL_BYTES, most):
                     sizes = [_weight(sample) for sample in several]
                     reading.samples += len(several)
                     reading.bytes_read += sum(len(sample.image) for sample in several)
@@ -208,21 +208,6 @@ class LocalFeed:
                     yield Fed(reading.shard, sample, outcome)
             # Of a shard that failed, others are decoded still: nobody waits for them, and their bytes count as well.
             future.add_done_callback(partial(_give_encoded, budget))
-
-
-def _handfuls(samples: Iterator[Sample], most: int) -> Iterator[list[Sample]]:
-    """So many of them, in their order; fewer of large ones, and at the end."""
-    several: list[Sample] = []
-    size = 0
-    for sample in samples:
-        weight = _weight(sample)
-        if several and (len(several) == most or size + weight > HANDFUL_BYTES):
-            yield several
-            several, size = [], 0
-        several.append(sample)
-        size += weight
-    if several:
-        yield several
 
 
 def _decode_all(decode: Callable[[bytes], Decoded | Jpeg], several: list[_Given], budget: ByteBudget) -> list[Outcome]:

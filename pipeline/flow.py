@@ -1,6 +1,7 @@
-"""Threads around bounded queues that end together, a bound on the bytes between them, and calls a few at a time."""
+"""Threads around bounded queues that end together, a bound on the bytes between them, calls a few at a time, groups."""
 
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -125,3 +126,18 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
         if item is end:
             return
         yield item  # type: ignore[misc]
+
+
+def grouped(items: Iterable[T], weight: Callable[[T], int], limit: int, most: int = sys.maxsize) -> Iterator[list[T]]:
+    """Consecutive ones, `most` of them and of so much `weight` together at most; what alone weighs more comes alone."""
+    several: list[T] = []
+    total = 0
+    for item in items:
+        size = weight(item)
+        if several and (len(several) == most or total + size > limit):
+            yield several
+            several, total = [], 0
+        several.append(item)
+        total += size
+    if several:
+        yield several
