@@ -113,7 +113,7 @@ class Bench:
         tried = self._tried(decoding, fastest, workers, images, top, read.a_shard)
         expected = min(tried["images_per_s"], top.alone["read"])
         if self.load > BUSY * self.room.cores:
-            self.notes.append(self._of_load(tried))
+            self.notes += self._of_load(tried)
         return {
             "machine": self._machine(),
             "model": self.config.model,
@@ -330,12 +330,15 @@ class Bench:
             "stage_seconds": stage_seconds,
         }
 
-    def _of_load(self, tried: dict[str, Any]) -> str:
+    def _of_load(self, tried: dict[str, Any]) -> list[str]:
+        """Nothing where the trial took no more of the clock than its own CPU seconds."""
         note = f"others are at work here (a load of {self.load:.1f}): a run would reach more without them"
         if self.room.gpus:
-            return note
+            return [note]
         alone = self.room.cores * tried["images"] / sum(tried["cpu_seconds"].values())
-        return f"{note}, {alone:,.0f} images/s by the CPU seconds that the trial took"
+        if alone <= tried["images_per_s"]:
+            return []
+        return [f"{note}, {alone:,.0f} images/s by the CPU seconds that the trial took"]
 
     def _shard(self, images: Sequence[bytes], count: int) -> Shard:
         """A tar of the images at hand, the same again where there are fewer."""

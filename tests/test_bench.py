@@ -69,6 +69,17 @@ def half_a_bench(**more: object) -> SimpleNamespace:
     return SimpleNamespace(**known | more)
 
 
+def test_others_at_work_are_told_where_they_took_something() -> None:
+    """By the CPU seconds of 1,000 images on one core, against the rate on the clock; of a GPU always."""
+    one = half_a_bench(load=1.2, room=SimpleNamespace(gpus=0, cores=1))
+    told = {"images": 1000, "cpu_seconds": {"decode": 2.0, "forward": 3.0}}
+    (note,) = bench.Bench._of_load(one, told | {"images_per_s": 150.0})  # type: ignore[arg-type]
+    assert "a load of 1.2" in note and "200 images/s" in note
+    assert bench.Bench._of_load(one, told | {"images_per_s": 210.0}) == []  # type: ignore[arg-type]
+    on_gpu = half_a_bench(load=1.2)
+    assert len(bench.Bench._of_load(on_gpu, told | {"images_per_s": 210.0})) == 1  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_the_model_is_on_the_device_again_after_a_proof(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proof leaves it on the CPU, and what is measured next was made before it, of the same module."""
