@@ -126,10 +126,10 @@ class Compiled:
 
         torch._dynamo.reset()  # it counts the models that went through `graph`, and gives up at the ninth
         self._is_cuda = device == "cuda"
-        # On the CPU weights are cast and packed once, and GELU computed where its input was: a fifth faster.
-        how: dict[str, Any] = {"mode": "reduce-overhead"} if self._is_cuda else {"options": {"freezing": True}}
-        self._graph = torch.compile(graph, fullgraph=True, dynamic=False, **how)
-        with warnings.catch_warnings():
+        mode = "reduce-overhead" if self._is_cuda else None
+        self._graph = torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
+        # On the CPU weights become constants, cast and packed once, with GELU in the product before it: a fifth faster.
+        with warnings.catch_warnings(), torch._inductor.config.patch(freezing=not self._is_cuda):
             warnings.simplefilter("ignore")  # advice on TF32 and the like
             for _ in range(3 if self._is_cuda else 1):  # compiled, recorded, replayed
                 self._graph(batch)
