@@ -114,3 +114,13 @@ def test_a_connected_process_keeps_its_token(ray_session: None) -> None:
     before = os.environ["RAY_AUTH_TOKEN"]
     with head.reaching("127.0.0.1:9"):
         assert os.environ["RAY_AUTH_TOKEN"] == before
+
+
+def test_ray_tells_nobody_unless_it_is_asked_to(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No task and no metric goes to a dashboard that is not there; a setting of the user's own holds."""
+    monkeypatch.delenv("RAY_task_events_report_interval_ms", raising=False)
+    monkeypatch.setenv("RAY_enable_metrics_collection", "1")
+    with head.starting():
+        assert head._head is not None
+        settings = psutil.Process(head._head.pid).environ()
+    assert settings["RAY_task_events_report_interval_ms"] == "0" and settings["RAY_enable_metrics_collection"] == "1"
