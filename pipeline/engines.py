@@ -115,6 +115,8 @@ class Compiled:
         # Workers find there what the driver compiled. torch's own place lies below /tmp and is anybody's to fill.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_compiled_folder())
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA here
+        from torch._inductor import config as compiler  # late: it takes a second, and reads the environment
+
         device, dtype = batch.device.type, DTYPES.get(precision)
         Eager(taps, batch.device, precision)(batch[:1])  # ConViT makes a buffer in its first pass
         self._hooks = ExitStack()  # they stay: what they take is part of the graph
@@ -129,7 +131,7 @@ class Compiled:
         mode = "reduce-overhead" if self._is_cuda else None
         self._graph = torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
         # On the CPU weights become constants, cast and packed once, with GELU in the product before it: a fifth faster.
-        with warnings.catch_warnings(), torch._inductor.config.patch(freezing=not self._is_cuda):
+        with warnings.catch_warnings(), compiler.patch(freezing=not self._is_cuda):
             warnings.simplefilter("ignore")  # advice on TF32 and the like
             for _ in range(3 if self._is_cuda else 1):  # compiled, recorded, replayed
                 self._graph(batch)

@@ -25,8 +25,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
 OWN_WAYS = {
     "RAY_worker_niceness": "0",  # Ray's is 15: beside anything else that computes its workers would hardly move
-    # What Ray's dashboard and a Prometheus would be told: nobody asks a Ray that ends with the run. To tell it took 1.5 %
-    # of two busy cores.
+    # What a dashboard and a Prometheus would be told: nobody asks a Ray that ends with the run. It took 1.5 % of two
+    # busy cores.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
