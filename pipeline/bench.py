@@ -313,8 +313,8 @@ class Bench:
             gpu_share=min(1.0, self.room.gpus / workers) if self.room.gpus else 1.0,
         )
         batches = max(1, round(top.images_per_s / workers * min(TRIAL_SHARD_S, seconds / 3) / forward.batch_size))
-        shard = self._shard(images, min(batches * forward.batch_size, a_shard or sys.maxsize))
-        receipts = trial.tried(job, shard, workers, seconds)
+        shards = self._shards(images, min(batches * forward.batch_size, a_shard or sys.maxsize))
+        receipts = trial.tried(job, shards, workers, seconds)
         sums = Sums()
         for receipt in receipts:
             sums.add(receipt)
@@ -340,18 +340,18 @@ class Bench:
             return []
         return [f"{note}, {alone:,.0f} images/s by the CPU seconds that the trial took"]
 
-    def _shard(self, images: Sequence[bytes], count: int) -> Shard:
-        """A tar of the images at hand, the same again where there are fewer."""
-        most = TRIAL_SHARD_BYTES * len(images) // sum(map(len, images))
-        path = Path(Root(self.config.output).scratch()) / "trial.tar"
-        with tarfile.open(path, "w") as tar:
-            for n in range(max(1, min(count, most))):
-                image = images[n % len(images)]
-                header = tarfile.TarInfo(f"{n:06d}.jpg")
-                header.size = len(image)
-                tar.addfile(header, io.BytesIO(image))
-        (shard,) = list_shards([str(path)])
-        return shard
+    def _shards(self, images: Sequence[bytes], count: int) -> list[Shard]:
+        """Tars of so many images each, of all that are at hand, and the same again where there are fewer."""
+        count = max(1, min(count, TRIAL_SHARD_BYTES * len(images) // sum(map(len, images))))
+        scratch, again = Path(Root(self.config.output).scratch()), itertools.cycle(images)
+        paths = [scratch / f"{shard:06d}.tar" for shard in range(max(1, len(images) // count))]
+        for path in paths:
+            with tarfile.open(path, "w") as tar:
+                for n, image in enumerate(itertools.islice(again, count)):
+                    header = tarfile.TarInfo(f"{n:06d}.jpg")
+                    header.size = len(image)
+                    tar.addfile(header, io.BytesIO(image))
+        return list_shards([str(path) for path in paths])
 
     def _flags(self, decoding: Decoding, forward: Forward, workers: int) -> list[str]:
         """Of `embed`: what was asked for, and what was found."""

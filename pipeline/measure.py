@@ -8,6 +8,7 @@ seconds: they hardly change when others use the machine too.
 
 import contextlib
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,7 +61,7 @@ class Cost(NamedTuple):
 class Read(NamedTuple):
     cost: Cost  # of one reader
     stored_bytes: int
-    images: list[bytes]  # the first of them
+    images: list[bytes]  # some of them, by chance
     a_shard: int | None  # images, of the middle one of those that were read to their end; None: there was no time
 
 
@@ -73,8 +74,12 @@ class Difference(NamedTuple):
 
 
 def read(shards: Sequence[Shard], seconds: float) -> Read:
-    """Reads them again and again. Raises `UsageError` where they hold no image."""
+    """Reads them again and again. Raises `UsageError` where they hold no image.
+
+    In an order by chance, the same one each time: neighbours among shards are often more alike than others.
+    """
     kept = _Kept()
+    shards = random.Random(0).sample(shards, len(shards))
     read: list[_One] = []
     started, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(FETCHERS) as fetchers:
@@ -100,16 +105,23 @@ class _One(NamedTuple):
 
 
 class _Kept:
-    """The first images, within bounds."""
+    """Some of the images, each as likely as any other, within bounds."""
 
     def __init__(self) -> None:
         self.images: list[bytes] = []
-        self._bytes = 0
+        self._bytes = self._offered = 0
+        self._random = random.Random(0)
 
     def offer(self, image: bytes) -> None:
+        self._offered += 1
+        place = self._random.randrange(self._offered)
         if not self.images or (len(self.images) < KEPT_IMAGES and self._bytes + len(image) <= KEPT_BYTES):
             self.images.append(image)
             self._bytes += len(image)
+        elif place < len(self.images):
+            total = self._bytes - len(self.images[place]) + len(image)
+            if total <= KEPT_BYTES:
+                self.images[place], self._bytes = image, total
 
 
 def _one(shard: Shard, fetchers: ThreadPoolExecutor, take: Callable[[bytes], object], until: float) -> _One:
@@ -147,7 +159,7 @@ def usable(decoder: Decoder, images: Sequence[bytes]) -> tuple[list[bytes], list
         except Reject as e:
             why = f"{e.reason}: {e.message}"
     if not kept:
-        raise UsageError(f"none of the input's first {len(images)} images can be decoded ({why})")
+        raise UsageError(f"none of {len(images)} images of the input can be decoded ({why})")
     return kept, decoded
 
 

@@ -1,6 +1,6 @@
 """The inner pipeline for some seconds, in as many processes as a run would have workers: what a setting really gives.
 
-Each process embeds one and the same shard again and again, under another name each time, without Ray.
+Each process embeds the same few shards again and again, under another name each time, without Ray.
 """
 
 import itertools
@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -25,13 +25,13 @@ START_S = 120.0  # for all processes to load torch and the model, and find a bat
 _all_ready: threading.Barrier | None = None  # of a process that is one of several
 
 
-def tried(job: Job, shard: Shard, workers: int, seconds: float) -> list[Receipt]:
-    """The receipts of all workers, which start at once. `shard`: of so many images that each embeds several of it."""
+def tried(job: Job, shards: Sequence[Shard], workers: int, seconds: float) -> list[Receipt]:
+    """The receipts of all workers, which start at once. `shards`: so small that each embeds several in its time."""
     if workers == 1:
-        return _embedded(job, shard, seconds, 0)
+        return _embedded(job, shards, seconds, 0)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _wait_for, (context.Barrier(workers),)) as processes:
-        asked = [processes.submit(_embedded, job, shard, seconds, i) for i in range(workers)]
+        asked = [processes.submit(_embedded, job, shards, seconds, i) for i in range(workers)]
         return [receipt for answer in asked for receipt in answer.result()]
 
 
@@ -57,7 +57,7 @@ def _wait_for(others: threading.Barrier) -> None:
     os.setsid()  # as Ray's workers: Linux divides the cores among sessions first, where others want them too
 
 
-def _embedded(job: Job, shard: Shard, seconds: float, place: int) -> list[Receipt]:
+def _embedded(job: Job, shards: Sequence[Shard], seconds: float, place: int) -> list[Receipt]:
     receipts: list[Receipt] = []
     output, before = Root(job.output), torch.get_num_threads()
 
@@ -74,7 +74,7 @@ def _embedded(job: Job, shard: Shard, seconds: float, place: int) -> list[Receip
         embedder = Embedder(job, backbone, LocalFeed(job.vectors, job.decode_threads, backbone.batch_size))
         if _all_ready is not None:
             _all_ready.wait(START_S)
-        embedder(_again_and_again(shard, seconds), done)
+        embedder(_again_and_again(shards, seconds, place), done)
     except BaseException:
         if _all_ready is not None:
             _all_ready.abort()  # the others need not wait
@@ -84,9 +84,9 @@ def _embedded(job: Job, shard: Shard, seconds: float, place: int) -> list[Receip
     return receipts
 
 
-def _again_and_again(shard: Shard, seconds: float) -> Iterator[Shard]:
+def _again_and_again(shards: Sequence[Shard], seconds: float, first: int) -> Iterator[Shard]:
     until = time.monotonic() + seconds
-    for n in itertools.count():
-        yield replace(shard, name=f"{os.getpid()}-{n}")
+    for n in itertools.count(first):
+        yield replace(shards[n % len(shards)], name=f"{os.getpid()}-{n}")
         if time.monotonic() > until:
             return

@@ -33,7 +33,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> list[Shard]:
     """Two tars of 12 images each, one of them broken."""
     folder = tmp_path_factory.mktemp("measured")
     for name in "ab":
-        images = {f"{i}.jpg": jpeg(90 + i, 60, seed=i) for i in range(12)}
+        images = {f"{i}.jpg": jpeg(90 + i, 60 + 20 * (name == "b"), seed=i) for i in range(12)}
         write_tar(folder / f"{name}.tar", images | {"11.jpg": b"broken" * 9})
     return list_shards([str(folder)])
 
@@ -48,6 +48,20 @@ def test_reading_goes_over_the_shards_again_and_keeps_each_image_once(listed: li
     assert len(found.images) == 24 and found.cost.images > 24
     assert found.a_shard == 12 and 0.2 <= found.cost.seconds < 2
     assert found.stored_bytes > sum(map(len, found.images))
+
+
+def test_what_is_kept_is_a_sample_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of the first shards may be cheaper than others: each has the same chance, and the bytes stay bounded."""
+    monkeypatch.setattr(measure, "KEPT_IMAGES", 200)
+    monkeypatch.setattr(measure, "KEPT_BYTES", 400)
+    kept = measure._Kept()
+    for n in range(10_000):
+        kept.offer(n.to_bytes(2, "big"))
+    assert len(set(kept.images)) == 200
+    assert np.mean([int.from_bytes(image, "big") for image in kept.images]) == pytest.approx(5000, rel=0.1)
+    for n in range(10_000):
+        kept.offer(bytes(n % 9))
+    assert sum(map(len, kept.images)) <= 400
 
 
 def test_images_behind_urls_are_read_too(tmp_path: Path) -> None:
@@ -65,7 +79,7 @@ def test_what_holds_no_image_is_refused(tmp_path: Path, listed: list[Shard]) -> 
     write_tar(tmp_path / "none" / "x.tar", {"a.txt": b"no image"})
     with pytest.raises(UsageError, match="holds no image"):
         measure.read(list_shards([str(tmp_path / "none")]), 0.05)
-    with pytest.raises(UsageError, match="none of the input's first 2 images can be decoded \\(corrupt"):
+    with pytest.raises(UsageError, match="none of 2 images of the input can be decoded \\(corrupt"):
         measure.usable(decoder(), [b"<html>", b"<html>"])
     images, pixels = measure.usable(decoder(), measure.read(listed, 0.05).images)
     assert len(images) == len(pixels) == 22
@@ -144,14 +158,15 @@ def test_writing_leaves_files_that_a_reader_opens(tmp_path: Path, listed: list[S
     assert 0 < cost.cpu_s <= cost.seconds
 
 
-def test_a_trial_embeds_a_shard_again_and_again(tmp_path: Path, listed: list[Shard]) -> None:
+def test_a_trial_embeds_shards_again_and_again(tmp_path: Path, listed: list[Shard]) -> None:
     """Several shards in its time, all in files that are deleted at once, at the rate from the first end to the last."""
     module = oracle.module(made.MODEL)
     staged = stage(module, sha256(module.state_dict()))
     job = replace(made.job(tmp_path / "out"), weights=str(staged))
-    receipts = trial.tried(job, listed[0], 1, 0.5)
+    receipts = trial.tried(job, listed, 1, 0.5)
     assert len(receipts) > 2 and all(r.embedded and not r.error for r in receipts)
     assert len({r.shard for r in receipts}) == len(receipts)
+    assert len({r.bytes_read for r in receipts}) == len(listed), "one after the other"
     ends = sorted(r.ended for r in receipts)
     assert trial.images_per_s(receipts) == pytest.approx(12 * (len(ends) - 1) / (ends[-1] - ends[0]))
     assert not [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
