@@ -1,9 +1,10 @@
-"""What `pipeline.process.keep_memory` gives a forward pass on the CPU: a process with it and one without, in turns.
+"""What a worker's forward pass on the CPU gains over torch as it is: by `pipeline.process.keep_memory`, and by engines.
 
-    python benchmarks/kept_memory.py [--models a,b] [--rounds 15] [--precision bf16]
+    python benchmarks/kept_memory.py [--models a,b] [--engines eager,openvino] [--rounds 15] [--precision bf16]
 
-Each process has one thread and passes a batch of 32 through the model when it is its turn; CPU milliseconds an image
-are those of the median turn. Page faults are of the last turn, peak memory is that of the whole process.
+One process leaves memory to the C library and is eager; the others keep theirs, one for each engine. They have one
+thread each and pass a batch of 32 through the model in turns; CPU milliseconds an image are those of the median turn,
+the speed is to the first process's, turn by turn. Page faults are of the last turn, peak memory is the whole process's.
 """
 
 import argparse
@@ -26,7 +27,8 @@ class Turn(NamedTuple):
     peak_mb: float
 
 
-def turns(model: str, precision: str, is_kept: bool, asked: Connection) -> None:
+def turns(model: str, precision: str, engine: str | None, asked: Connection) -> None:
+    """`engine` None: eager, and memory as it is."""
     import torch
 
     from pipeline import weights
@@ -34,10 +36,11 @@ def turns(model: str, precision: str, is_kept: bool, asked: Connection) -> None:
     from pipeline.config import Adapt
     from pipeline.process import keep_memory
 
-    if is_kept:
+    if engine:
         assert keep_memory(), "this C library cannot be asked for it"
     torch.set_num_threads(1)
-    backbone = Backbone(weights.load_module(model, "random:0", Adapt()), precision=precision, batch_size=BATCH)
+    module = weights.load_module(model, "random:0", Adapt())
+    backbone = Backbone(module, engine=engine or "eager", precision=precision, batch_size=BATCH)
     images = torch.randint(0, 256, (BATCH, *backbone.preprocessing.input_size), dtype=torch.uint8)
     while asked.recv():
         faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
@@ -46,22 +49,25 @@ def turns(model: str, precision: str, is_kept: bool, asked: Connection) -> None:
         asked.send(Turn(1000 * cpu_s / BATCH, (used.ru_minflt - faults) // BATCH, used.ru_maxrss / 1024))
 
 
-def measured(model: str, precision: str, rounds: int) -> list[list[Turn]]:
-    """Of the process without, and of the one with."""
+def measured(model: str, precision: str, engines: list[str | None], rounds: int) -> list[list[Turn]]:
+    """Of a process for each."""
     context = multiprocessing.get_context("spawn")
-    ends = [context.Pipe() for _ in range(2)]
-    processes = [context.Process(target=turns, args=(model, precision, bool(i), ends[i][1])) for i in range(2)]
+    ends = [context.Pipe() for _ in engines]
+    processes = [
+        context.Process(target=turns, args=(model, precision, engine, there))
+        for engine, (_, there) in zip(engines, ends, strict=True)
+    ]
     for process in processes:
         process.start()
-    found: list[list[Turn]] = [[], []]
+    found: list[list[Turn]] = [[] for _ in engines]
     for n in range(WARM_UP + rounds):
-        for i, (end, _) in enumerate(ends):
-            end.send(True)
-            turn = end.recv()
+        for own, (here, _) in zip(found, ends, strict=True):
+            here.send(True)
+            turn = here.recv()
             if n >= WARM_UP:
-                found[i].append(turn)
-    for (end, _), process in zip(ends, processes, strict=True):
-        end.send(False)
+                own.append(turn)
+    for (here, _), process in zip(ends, processes, strict=True):
+        here.send(False)
         process.join()
     return found
 
@@ -69,19 +75,22 @@ def measured(model: str, precision: str, rounds: int) -> list[list[Turn]]:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--models", default=MODELS)
+    flags.add_argument("--engines", default="eager")
     flags.add_argument("--precision", default="bf16")
     flags.add_argument("--rounds", type=int, default=15)
     asked = flags.parse_args()
     print(f"{platform.node()}, {time.strftime('%Y-%m-%d')}, {asked.precision}, {asked.rounds} rounds\n")
-    print("| model | CPU ms an image: as it is | kept | speed | page faults an image | peak MB |")
+    print("| model | engine | CPU ms an image | speed | page faults an image | peak MB |")
     print("| --- | --- | --- | --- | --- | --- |")
+    engines = [None, *asked.engines.split(",")]
     for model in asked.models.split(","):
-        without, kept = measured(model, asked.precision, asked.rounds)
-        before, after = (statistics.median(turn.cpu_ms for turn in all_turns) for all_turns in (without, kept))
-        ratios = [a.cpu_ms / b.cpu_ms for a, b in zip(without, kept, strict=True)]
-        speed = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-        faults, peak = (f"{without[-1][i]:,.0f}, {kept[-1][i]:,.0f}" for i in (1, 2))
-        print(f"| {model} | {before:.2f} | {after:.2f} | {speed} | {faults} | {peak} |", flush=True)
+        plain, *kept = measured(model, asked.precision, engines, asked.rounds)
+        for engine, turns_ in zip(engines, (plain, *kept), strict=True):
+            ratios = [a.cpu_ms / b.cpu_ms for a, b in zip(plain, turns_, strict=True)]
+            speed = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if engine else "1.00"
+            cpu_ms, last = statistics.median(turn.cpu_ms for turn in turns_), turns_[-1]
+            what = f"{model} | {engine or 'eager, memory as it is'} | {cpu_ms:.2f} | {speed}"
+            print(f"| {what} | {last.faults:,.0f} | {last.peak_mb:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

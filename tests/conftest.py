@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import fsspec
@@ -14,10 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray for all tests that run jobs in this process."""
+    """One local Ray for all tests that run jobs in this process. It exports metrics, as a cluster's does."""
     from pipeline import cluster
 
-    with cluster.local_ray():
+    with ExitStack() as running:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_enable_metrics_collection", "1")
+            running.enter_context(cluster.local_ray())
         yield
 
 
