@@ -111,11 +111,9 @@ def main() -> None:
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--threads", type=int, default=1)
     flags.add_argument("--photos", type=Path, help="a folder of WebDataset tars")
-    flags.add_argument("--as-it-is", action="store_true", help="leave freed memory to the C library")
     asked = flags.parse_args()
     torch.set_num_threads(asked.threads)
-    if not asked.as_it_is:
-        keep_memory()  # as a run's workers do
+    keep_memory()  # as a run's workers do
     print(f"{platform.node()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}", end="")
     print(f", batches of {BATCH}, {asked.threads} threads, {asked.rounds} rounds\n")
     print("| model | engine | images/s | to eager bf16 | 1 - cosine | difference | start, s |")
