@@ -23,7 +23,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is import
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and shard listings pass through it …
-OWN_WAYS = {
+SETTINGS = {  # of the Ray that is started here, unless the user has made them
     "RAY_worker_niceness": "0",  # Ray's is 15: beside anything else that computes its workers would hardly move
     # What a dashboard and a Prometheus would be told: nobody asks a Ray that ends with the run. It took 1.5 % of two
     # busy cores.
@@ -125,7 +125,7 @@ def starting(is_wanted: bool = True, feeders: int = 0) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,  # a group of its own, which Ctrl-C does not reach and which ends as one
-        env=OWN_WAYS | os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (home, inherited) if p)},
+        env=SETTINGS | os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (home, inherited) if p)},
     )
     try:
         yield
